@@ -16,6 +16,7 @@ Legend: L ids of a scene, T latent frames of h x w places, K audio levels, A aud
 from __future__ import annotations
 
 import dataclasses
+from collections.abc import Iterable
 from typing import Any, NamedTuple, NoReturn
 
 import numpy as np
@@ -34,7 +35,7 @@ from poet.grammar import (
     max_output_length,
     place_ranges,
 )
-from poet.tasks import TASKS, Task, get_task
+from poet.tasks import TASKS, ClipParts, Task, get_task
 from poet.vocabulary import Vocabulary
 
 __all__ = [
@@ -120,6 +121,41 @@ class Scene:
             height, width = self.resolution
             object.__setattr__(self, "resolution", (int(height), int(width)))
 
+    @classmethod
+    def from_parts(
+        cls,
+        task: str,
+        parts: ClipParts,
+        *,
+        text: Iterable[int] | None,
+        resolution: tuple[int, int] | None,
+        parallel: bool = False,
+    ) -> Scene:
+        """The scene of a clip that `Task.split_clip` cut.
+
+        Args:
+            task: the task that cut it.
+            parts: what is given and what is written.
+            text: pieces of the clip's text: given, or written by captioning, or left out where the task has no use.
+            resolution: (height, width) of the clip in pixels; left out where the scene has no video.
+            parallel: whether the output is to be written many ids at once.
+
+        Raises:
+            ConfigError, ShapeError: see the class.
+        """
+        row = get_task(task)
+        return cls(
+            task=task,
+            text=tuple(text) if text is not None and "text" in row.inputs | row.optional else None,
+            text_out=tuple(text) if text is not None and row.writes_text else None,
+            video_in=parts.video_in,
+            audio_in=parts.audio_in,
+            video_out=parts.video_out,
+            audio_out=parts.audio_out,
+            resolution=resolution if parts.video_in is not None or row.writes_video else None,
+            parallel=parallel,
+        )
+
     @property
     def outputs(self) -> str:
         """The kind of output: "image", "video", "audio", "video_audio" or "text"."""
@@ -128,12 +164,8 @@ class Scene:
     @property
     def inputs(self) -> frozenset[str]:
         """What is given: any of "text", "video", "audio"."""
-        there = {
-            "text": self.text is not None or self.dropped_text is not None,
-            "video": self.video_in is not None,
-            "audio": self.audio_in is not None,
-        }
-        return frozenset(name for name, is_there in there.items() if is_there)
+        values = {"text": (self.text, self.dropped_text), "video": (self.video_in,), "audio": (self.audio_in,)}
+        return frozenset(name for name, parts in values.items() if any(part is not None for part in parts))
 
     def __eq__(self, other: object) -> bool:
         if not isinstance(other, Scene):
@@ -143,8 +175,6 @@ class Scene:
         return all(getattr(self, name) == getattr(other, name) for name in plain) and all(
             _same(getattr(self, name), getattr(other, name)) for name in arrays
         )
-
-    __hash__ = None  # type: ignore[assignment]
 
 
 def _same(one: Ids | None, other: Ids | None) -> bool:

@@ -1,0 +1,465 @@
+"""A bundle: the directory with everything needed to generate (SPEC, section 8), opened, checked and written.
+
+    config.json  model.safetensors  generation_config.json  vocabulary.json
+    video_tokenizer/  audio_tokenizer/  text_tokenizer/  [upsampler/]  [README.md]
+
+A bundle without config.json and model.safetensors is a tokenizer bundle: enough to encode clips and to train a model.
+This file checks that the parts belong together; it does not know what is inside the tokenizers or the weights, and
+imports no torch until a tokenizer is asked for.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import dataclasses
+import json
+import math
+import shutil
+import uuid
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from functools import cached_property
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, Final
+
+from poet.errors import CheckpointError, ConfigError, PoetError
+from poet.model.config import PoetConfig
+from poet.tasks import DEFAULT_TASK, ClipGeometry, get_task
+from poet.vocabulary import Vocabulary
+
+if TYPE_CHECKING:
+    from poet_tokenizers.base import AudioTokenizer, TextTokenizer, VideoTokenizer
+
+__all__ = [
+    "Bundle",
+    "GenerationDefaults",
+    "check_fingerprint",
+    "create_tokenizer_bundle",
+    "default_bundle",
+    "export_bundle",
+]
+
+CONFIG_FILE: Final = "config.json"
+WEIGHTS_FILE: Final = "model.safetensors"
+GENERATION_FILE: Final = "generation_config.json"
+VOCABULARY_FILE: Final = "vocabulary.json"
+MODEL_CARD_FILE: Final = "README.md"
+UPSAMPLER_DIRECTORY: Final = "upsampler"
+FINGERPRINT_KEY: Final = "poet_fingerprint"
+_TOKENIZER_KINDS: Final = ("video", "audio", "text")
+
+
+def default_bundle() -> Path:
+    """The bundle that ships inside the package, the default of every command."""
+    return Path(__file__).parent / "bundles" / "nano"
+
+
+def check_fingerprint(found: str, expected: str, what: str, advice: str) -> None:
+    """Raise unless two fingerprints are the same.
+
+    Args:
+        found: the fingerprint that `what` carries.
+        expected: the vocabulary's.
+        what: named in the message, e.g. a path.
+        advice: what to do about it.
+
+    Raises:
+        CheckpointError: they differ; the first 12 hex digits of both are in the message.
+    """
+    if found != expected:
+        raise CheckpointError(
+            f"{what} belongs to the vocabulary with the fingerprint {found[:12] or 'none'}, "
+            f"but it must be {expected[:12]}. {advice}"
+        )
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class GenerationDefaults:
+    """What a command does when it is not told otherwise: the content of generation_config.json.
+
+    Attributes:
+        fps: video frames per second.
+        num_frames: video frames of a clip, 1 + a multiple of the temporal stride.
+        height: pixels; with `width` one of the vocabulary's resolutions.
+        width: pixels.
+        task: a name in `poet.tasks.TASKS`.
+        temperature: 0 takes the likeliest id.
+        top_k: only so many of the likeliest ids are drawn from; 0 is all.
+        top_p: only the likeliest ids that together have this probability are drawn from; in (0, 1].
+        guidance_scale: 1 is off.
+
+    Raises:
+        ConfigError: a value out of its range.
+    """
+
+    fps: float
+    num_frames: int
+    height: int
+    width: int
+    task: str = DEFAULT_TASK
+    temperature: float = 1.0
+    top_k: int = 0
+    top_p: float = 1.0
+    guidance_scale: float = 1.0
+
+    def __post_init__(self) -> None:
+        get_task(self.task)
+        for name in ("num_frames", "height", "width", "top_k"):
+            value = getattr(self, name)
+            low = 0 if name == "top_k" else 1
+            if not isinstance(value, int) or isinstance(value, bool) or value < low:
+                raise ConfigError(f"{name} must be an integer of at least {low}, got {value!r}.")
+        for name in ("fps", "temperature", "top_p", "guidance_scale"):
+            value = getattr(self, name)
+            if not isinstance(value, (int, float)) or isinstance(value, bool) or not math.isfinite(value):
+                raise ConfigError(f"{name} must be a finite number, got {value!r}.")
+        if self.fps <= 0 or self.temperature < 0 or self.guidance_scale < 0 or not 0 < self.top_p <= 1:
+            raise ConfigError(
+                "fps must be positive, temperature and guidance_scale not negative, top_p in (0, 1]; got "
+                f"{self.fps}, {self.temperature}, {self.guidance_scale}, {self.top_p}."
+            )
+
+    @classmethod
+    def from_dict(cls, values: Mapping[str, Any]) -> GenerationDefaults:
+        """The defaults that `dataclasses.asdict` wrote.
+
+        Raises:
+            ConfigError: a key is missing or unknown, or a value cannot be used.
+        """
+        known = {field.name for field in dataclasses.fields(cls)}
+        missing, unknown = sorted(known - set(values)), sorted(set(values) - known)
+        if missing or unknown:
+            raise ConfigError(f"generation defaults lack the keys {missing} and have the unknown keys {unknown}.")
+        return cls(**values)
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True, eq=False)
+class Bundle:
+    """An open bundle. Make one with `Bundle.open`.
+
+    Attributes:
+        path: its directory.
+        vocabulary: the ids' layout, which carries the fingerprint.
+        generation_config: the defaults of every command.
+        config: the content of config.json, or None in a tokenizer bundle.
+    """
+
+    path: Path
+    vocabulary: Vocabulary
+    generation_config: GenerationDefaults
+    config: dict[str, Any] | None
+
+    @classmethod
+    def open(cls, path: str | Path, *, require_model: bool = True) -> Bundle:
+        """Open a bundle and check that its parts belong together. Loads no weights.
+
+        Args:
+            path: the directory.
+            require_model: False also takes a tokenizer bundle.
+
+        Raises:
+            CheckpointError: a file is missing (the message names all of them) or damaged, or a part belongs to
+                another vocabulary.
+        """
+        path = Path(path)
+        if not path.is_dir():
+            raise CheckpointError(f"there is no bundle at {path}. Name a directory that holds {VOCABULARY_FILE}.")
+        has_model = (path / CONFIG_FILE).is_file() or _weights_of(path) is not None
+        missing = [name for name in (VOCABULARY_FILE, GENERATION_FILE) if not (path / name).is_file()]
+        missing += [f"{kind}_tokenizer/" for kind in _TOKENIZER_KINDS if not (path / f"{kind}_tokenizer").is_dir()]
+        if require_model or has_model:
+            missing += [CONFIG_FILE] if not (path / CONFIG_FILE).is_file() else []
+            missing += [WEIGHTS_FILE] if _weights_of(path) is None else []
+        if missing:
+            raise CheckpointError(f"the bundle {path} lacks {', '.join(missing)}. Copy it whole, or export it again.")
+        vocabulary = Vocabulary.load(path / VOCABULARY_FILE)
+        try:
+            defaults = GenerationDefaults.from_dict(_read_object(path / GENERATION_FILE))
+        except ConfigError as error:
+            raise CheckpointError(f"{path / GENERATION_FILE} cannot be used: {error}") from error
+        config = _read_object(path / CONFIG_FILE) if has_model else None
+        bundle = cls(path=path, vocabulary=vocabulary, generation_config=defaults, config=config)
+        bundle._check()
+        return bundle
+
+    def _check(self) -> None:
+        for kind in _TOKENIZER_KINDS:
+            self._check_described_tokenizer(kind)
+        try:
+            self.geometry()
+        except PoetError as error:
+            raise CheckpointError(
+                f"{self.path / GENERATION_FILE} does not fit {VOCABULARY_FILE} beside it: {error}"
+            ) from error
+        if self.config is None:
+            return
+        file = self.path / CONFIG_FILE
+        check_fingerprint(
+            str(self.config.get(FINGERPRINT_KEY, "")),
+            self.fingerprint,
+            f"the model of {file}",
+            f"Put the {VOCABULARY_FILE} and the tokenizers that it was trained with beside it, or export it again.",
+        )
+        if self.model_config.vocab_size != self.vocabulary.padded_vocab_size:
+            raise CheckpointError(
+                f"{file} must have the vocab_size {self.vocabulary.padded_vocab_size} of the vocabulary beside it, "
+                f"it has {self.model_config.vocab_size}. Export the model again."
+            )
+
+    def _check_described_tokenizer(self, kind: str) -> None:
+        """Compare what a tokenizer's config.json says of itself; its weights are compared when they are loaded."""
+        directory = self.path / f"{kind}_tokenizer"
+        described = _read_object(directory / CONFIG_FILE)
+        spec = described.get("spec")
+        told = {**described, **spec} if isinstance(spec, dict) else described
+        for key in ("kind", "checksum"):
+            if key in told and told[key] != self.vocabulary.tokenizers[kind][key]:
+                raise _foreign_tokenizer(directory, key, told[key], self.vocabulary.tokenizers[kind][key])
+
+    @property
+    def fingerprint(self) -> str:
+        """The vocabulary's fingerprint, 64 hex digits."""
+        return self.vocabulary.fingerprint
+
+    @property
+    def weights(self) -> Path:
+        """model.safetensors, or the index of its parts.
+
+        Raises:
+            CheckpointError: this is a tokenizer bundle.
+        """
+        found = _weights_of(self.path)
+        if found is None:
+            raise CheckpointError(f"the bundle {self.path} holds no model, only tokenizers. Train one first.")
+        return found
+
+    @cached_property
+    def model_config(self) -> PoetConfig:
+        """The transformer's shape.
+
+        Raises:
+            CheckpointError: this is a tokenizer bundle, or its config.json is not that of a Poet model.
+        """
+        if self.config is None:
+            raise CheckpointError(f"the bundle {self.path} holds no model, only tokenizers. Train one first.")
+        try:
+            return PoetConfig.from_huggingface_dict(self.config)
+        except ConfigError as error:
+            raise CheckpointError(f"{self.path / CONFIG_FILE} cannot be used: {error}") from error
+
+    @property
+    def upsampler(self) -> Path | None:
+        """The directory of the super-resolution model, if the bundle has one."""
+        directory = self.path / UPSAMPLER_DIRECTORY
+        return directory if directory.is_dir() else None
+
+    def geometry(
+        self,
+        *,
+        num_frames: int | None = None,
+        fps: float | None = None,
+        height: int | None = None,
+        width: int | None = None,
+    ) -> ClipGeometry:
+        """The geometry of a clip; what is not given is the bundle's default.
+
+        Raises:
+            ShapeError: frames that the temporal stride does not divide.
+            VocabularyError: a resolution that the vocabulary does not have.
+        """
+        defaults = self.generation_config
+        return ClipGeometry.from_vocabulary(
+            self.vocabulary,
+            num_frames=defaults.num_frames if num_frames is None else num_frames,
+            fps=defaults.fps if fps is None else fps,
+            height=defaults.height if height is None else height,
+            width=defaults.width if width is None else width,
+        )
+
+    @cached_property
+    def video_tokenizer(self) -> VideoTokenizer:
+        """The video tokenizer on the CPU, loaded once. Raises CheckpointError if it is not the vocabulary's."""
+        return self.load_video_tokenizer()
+
+    @cached_property
+    def audio_tokenizer(self) -> AudioTokenizer:
+        """The audio tokenizer on the CPU, loaded once. Raises CheckpointError if it is not the vocabulary's."""
+        return self.load_audio_tokenizer()
+
+    @cached_property
+    def text_tokenizer(self) -> TextTokenizer:
+        """The text tokenizer, loaded once. Raises CheckpointError if it is not the vocabulary's."""
+        from poet_tokenizers.loading import load_text_tokenizer
+
+        tokenizer = load_text_tokenizer(self.path / "text_tokenizer")
+        self._check_loaded_tokenizer("text", dataclasses.asdict(tokenizer.spec))
+        return tokenizer
+
+    def load_video_tokenizer(self, device: str = "cpu") -> VideoTokenizer:
+        """Load the video tokenizer onto a device.
+
+        Raises:
+            CheckpointError: its files are damaged, or its spec is not the vocabulary's.
+        """
+        from poet_tokenizers.loading import load_video_tokenizer
+
+        tokenizer = load_video_tokenizer(self.path / "video_tokenizer", device=device)
+        self._check_loaded_tokenizer("video", dataclasses.asdict(tokenizer.spec))
+        return tokenizer
+
+    def load_audio_tokenizer(self, device: str = "cpu") -> AudioTokenizer:
+        """Load the audio tokenizer onto a device.
+
+        Raises:
+            CheckpointError: its files are damaged, or its spec is not the vocabulary's.
+        """
+        from poet_tokenizers.loading import load_audio_tokenizer
+
+        tokenizer = load_audio_tokenizer(self.path / "audio_tokenizer", device=device)
+        self._check_loaded_tokenizer("audio", dataclasses.asdict(tokenizer.spec))
+        return tokenizer
+
+    def _check_loaded_tokenizer(self, kind: str, spec: Mapping[str, Any]) -> None:
+        for key, expected in self.vocabulary.tokenizers[kind].items():
+            if spec[key] != expected:
+                raise _foreign_tokenizer(self.path / f"{kind}_tokenizer", key, spec[key], expected)
+
+
+def create_tokenizer_bundle(
+    directory: str | Path,
+    video_directory: str | Path,
+    audio_directory: str | Path,
+    text_directory: str | Path,
+    resolutions: Iterable[tuple[int, int]],
+    defaults: GenerationDefaults,
+    *,
+    overwrite: bool = False,
+) -> Bundle:
+    """Make a tokenizer bundle from three tokenizers: they are copied, and the vocabulary is made from their specs.
+
+    Args:
+        directory: where the bundle will be.
+        video_directory: as the video tokenizer's `save` wrote it.
+        audio_directory: as the audio tokenizer's `save` wrote it.
+        text_directory: as the text tokenizer's `save` wrote it.
+        resolutions: (height, width) in pixels; the default one must be among them.
+        defaults: for generation_config.json.
+        overwrite: replace a bundle that is there already.
+
+    Raises:
+        CheckpointError: a tokenizer cannot be loaded, the defaults do not fit, or the directory exists.
+        VocabularyError: the resolutions cannot be used.
+    """
+    from poet_tokenizers.loading import load_audio_tokenizer, load_text_tokenizer, load_video_tokenizer
+
+    sources = {"video": Path(video_directory), "audio": Path(audio_directory), "text": Path(text_directory)}
+    vocabulary = Vocabulary.from_specs(
+        load_video_tokenizer(sources["video"]).spec,
+        load_audio_tokenizer(sources["audio"]).spec,
+        load_text_tokenizer(sources["text"]).spec,
+        resolutions,
+    )
+    with _appearing_whole(Path(directory), overwrite) as unfinished:
+        for kind, source in sources.items():
+            shutil.copytree(source, unfinished / f"{kind}_tokenizer")
+        vocabulary.save(unfinished / VOCABULARY_FILE)
+        _write_object(unfinished / GENERATION_FILE, dataclasses.asdict(defaults))
+        Bundle.open(unfinished, require_model=False)
+    return Bundle.open(directory, require_model=False)
+
+
+def export_bundle(
+    directory: str | Path,
+    source: Bundle,
+    config: Mapping[str, Any],
+    write_weights: Callable[[Path], None],
+    model_card: str | None = None,
+    *,
+    overwrite: bool = False,
+) -> Bundle:
+    """Assemble a complete bundle: a model together with the vocabulary, defaults and tokenizers of another bundle.
+
+    It is assembled in a hidden directory beside and then renamed, so that whatever stops it never leaves half of one.
+
+    Args:
+        directory: where the bundle will be.
+        source: the bundle that the model was trained with, usually a tokenizer bundle.
+        config: for config.json; `poet_fingerprint` is added, or compared where it is there.
+        write_weights: called with the path of the model.safetensors that it has to write.
+        model_card: for README.md.
+        overwrite: replace a bundle that is there already.
+
+    Raises:
+        CheckpointError: the config belongs to another vocabulary, the weights were not written, or the directory
+            exists.
+    """
+    content = {FINGERPRINT_KEY: source.fingerprint, **config}
+    check_fingerprint(
+        str(content[FINGERPRINT_KEY]),
+        source.fingerprint,
+        "the model to export",
+        f"Export it with the bundle that it was trained with, not with {source.path}.",
+    )
+    with _appearing_whole(Path(directory), overwrite) as unfinished:
+        for kind in _TOKENIZER_KINDS:
+            shutil.copytree(source.path / f"{kind}_tokenizer", unfinished / f"{kind}_tokenizer")
+        if source.upsampler is not None:
+            shutil.copytree(source.upsampler, unfinished / UPSAMPLER_DIRECTORY)
+        source.vocabulary.save(unfinished / VOCABULARY_FILE)
+        _write_object(unfinished / GENERATION_FILE, dataclasses.asdict(source.generation_config))
+        _write_object(unfinished / CONFIG_FILE, content)
+        if model_card is not None:
+            (unfinished / MODEL_CARD_FILE).write_text(model_card, encoding="utf-8")
+        write_weights(unfinished / WEIGHTS_FILE)
+        Bundle.open(unfinished)
+    return Bundle.open(directory)
+
+
+@contextlib.contextmanager
+def _appearing_whole(directory: Path, overwrite: bool) -> Iterator[Path]:
+    """An empty directory beside `directory` that takes its place at the end, or vanishes after an error."""
+    if directory.exists() and not overwrite:
+        raise CheckpointError(f"{directory} exists already. Name another directory, or ask to overwrite it.")
+    mark = uuid.uuid4().hex[:8]
+    unfinished = directory.parent / f".{directory.name}.{mark}.unfinished"
+    replaced = directory.parent / f".{directory.name}.{mark}.replaced"
+    unfinished.mkdir(parents=True)
+    try:
+        yield unfinished
+        if directory.exists():
+            directory.rename(replaced)
+        unfinished.rename(directory)
+    finally:
+        if replaced.exists() and not directory.exists():
+            replaced.rename(directory)
+        shutil.rmtree(unfinished, ignore_errors=True)
+        shutil.rmtree(replaced, ignore_errors=True)
+
+
+def _weights_of(path: Path) -> Path | None:
+    """The weights' file, or the index that Hugging Face writes beside weights in several files."""
+    candidates = (path / WEIGHTS_FILE, path / f"{WEIGHTS_FILE}.index.json")
+    return next((file for file in candidates if file.is_file()), None)
+
+
+def _read_object(file: Path) -> dict[str, Any]:
+    try:
+        content = json.loads(file.read_text(encoding="utf-8"))
+    except FileNotFoundError as error:
+        raise CheckpointError(f"{file} is missing. Copy the bundle whole, or export it again.") from error
+    except (OSError, ValueError) as error:
+        raise CheckpointError(f"{file} cannot be read as JSON: {error}. Copy it again.") from error
+    if not isinstance(content, dict):
+        raise CheckpointError(f"{file} must hold a JSON object, it holds a {type(content).__name__}.")
+    return content
+
+
+def _write_object(file: Path, content: Mapping[str, Any]) -> None:
+    file.write_text(json.dumps(dict(content), indent=2) + "\n", encoding="utf-8")
+
+
+def _foreign_tokenizer(directory: Path, key: str, found: object, expected: object) -> CheckpointError:
+    found_text, expected_text = (f"{value}"[:12] or "none" for value in (found, expected))
+    return CheckpointError(
+        f"{directory} is not the tokenizer that the vocabulary beside it was made with: its {key} is {found_text}, "
+        f"but it must be {expected_text}. Put the right tokenizer back, or make a new bundle and train on its codes."
+    )

@@ -1,0 +1,222 @@
+"""Tiny configurations, random scenes and a whole tiny bundle, for every test folder. Nothing else in Poet imports this.
+
+Sizes are primes where they may be, and every axis has its own, so that a swapped axis cannot pass. Torch and the
+tokenizers are imported only by the functions that build them.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import tempfile
+from pathlib import Path
+from typing import Any, Final
+
+import numpy as np
+
+from poet.bundle import Bundle, GenerationDefaults, create_tokenizer_bundle, export_bundle
+from poet.model.config import PoetConfig
+from poet.sequence import Scene
+from poet.tasks import ClipGeometry, ClipParts, Task, get_task
+from poet.vocabulary import Vocabulary
+from poet_tokenizers.base import AudioSpec, TextSpec, VideoSpec
+
+__all__ = [
+    "random_parts",
+    "random_scene",
+    "save_tiny_tokenizers",
+    "tiny_bundle",
+    "tiny_config",
+    "tiny_defaults",
+    "tiny_geometry",
+    "tiny_specs",
+    "tiny_tokenizer_bundle",
+    "tiny_vocabulary",
+]
+
+RESOLUTIONS: Final = ((24, 40), (56, 88))
+"""(height, width) in pixels; at a spatial stride of 8 that is (3, 5) and (7, 11) latent places."""
+
+
+def tiny_specs(**changes: dict[str, Any]) -> tuple[VideoSpec, AudioSpec, TextSpec]:
+    """Specs of tokenizers that do not exist: 31 video codes, 3 levels of 13 audio codes, 43 text pieces.
+
+    Args:
+        **changes: under "video", "audio" and "text", the fields that differ.
+    """
+    video = VideoSpec(kind="tiny", codebook_size=31, temporal_stride=4, spatial_stride=8, checksum="a" * 64)
+    audio = AudioSpec(
+        kind="tiny", sample_rate=1600, hop_length=50, num_codebooks=3, codebook_size=13, checksum="b" * 64
+    )
+    text = TextSpec(kind="tiny", num_pieces=43, checksum="c" * 64)
+    return (
+        dataclasses.replace(video, **changes.get("video", {})),
+        dataclasses.replace(audio, **changes.get("audio", {})),
+        dataclasses.replace(text, **changes.get("text", {})),
+    )
+
+
+def tiny_vocabulary(resolutions: tuple[tuple[int, int], ...] = RESOLUTIONS, **changes: dict[str, Any]) -> Vocabulary:
+    """The vocabulary of `tiny_specs`: 369 ids, 384 padded."""
+    return Vocabulary.from_specs(*tiny_specs(**changes), resolutions)
+
+
+def tiny_geometry(
+    vocabulary: Vocabulary, *, num_latent_frames: int = 5, fps: float = 8.0, resolution: tuple[int, int] | None = None
+) -> ClipGeometry:
+    """Clips of that many latent frames, at the vocabulary's first resolution unless another is named."""
+    height, width = vocabulary.resolutions[0] if resolution is None else resolution
+    num_frames = 1 + (num_latent_frames - 1) * vocabulary.temporal_stride
+    return ClipGeometry.from_vocabulary(vocabulary, num_frames=num_frames, fps=fps, height=height, width=width)
+
+
+def random_parts(
+    task: str | Task, vocabulary: Vocabulary, geometry: ClipGeometry, rng: np.random.Generator
+) -> ClipParts:
+    """Random codes of one clip, cut as the task says. Optional inputs are there."""
+    row = task if isinstance(task, Task) else get_task(task)
+    shape = geometry.latent_shape
+    video = rng.integers(0, vocabulary.video_codebook_size, shape)
+    edited = rng.integers(0, vocabulary.video_codebook_size, shape) if row.edit else None
+    audio_shape = vocabulary.num_audio_codebooks, geometry.num_audio_latents(geometry.num_frames)
+    audio = rng.integers(0, vocabulary.audio_codebook_size, audio_shape)
+    return row.split_clip(video, audio, geometry, row.split(shape[0], rng), edited)
+
+
+def random_scene(
+    task: str | Task,
+    vocabulary: Vocabulary,
+    rng: np.random.Generator,
+    *,
+    geometry: ClipGeometry | None = None,
+    num_text_pieces: int | None = 7,
+    parallel: bool = False,
+) -> Scene:
+    """A random scene of a task, complete with its output.
+
+    Args:
+        task: name or row of the table.
+        vocabulary: gives the ranges.
+        rng: source of randomness.
+        geometry: of the clip; None: `tiny_geometry`.
+        num_text_pieces: length of the text; None leaves an optional text out.
+        parallel: whether the output is to be written many ids at once.
+    """
+    row = task if isinstance(task, Task) else get_task(task)
+    geometry = tiny_geometry(vocabulary) if geometry is None else geometry
+    text = None
+    if num_text_pieces is not None or "text" in row.needs:
+        text = rng.integers(0, vocabulary.text_vocab_size, num_text_pieces or 0).tolist()
+    parts = random_parts(row, vocabulary, geometry, rng)
+    return Scene.from_parts(row.name, parts, text=text, resolution=geometry.resolution, parallel=parallel)
+
+
+def save_tiny_tokenizers(directory: Path, *, seed: int = 0) -> tuple[Path, Path, Path]:
+    """Write three untrained tokenizers and return their directories: video, audio, text.
+
+    Video: 32 codes, strides 4 and 8. Audio: 1,600 samples/s, hop 50, 3 levels of 13 codes. Text: some 300 pieces,
+    most of them bytes.
+    """
+    import torch
+
+    from poet_tokenizers.audio import EncodecConfig, EncodecTokenizer
+    from poet_tokenizers.magvit2.config import MagViT2Config
+    from poet_tokenizers.magvit2.model import MagViT2
+    from poet_tokenizers.text import SentencePieceTokenizer
+
+    names = ("video", "audio", "text")
+    video_directory, audio_directory, text_directory = (directory / name for name in names)
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(seed)
+        video = MagViT2(
+            MagViT2Config(
+                channels=8,
+                channel_multipliers=(1, 2),
+                temporal_downsampling=(True,),
+                num_res_blocks=1,
+                patch_size=(2, 4, 4),
+                num_bits=5,
+                entropy_group_bits=5,
+            )
+        )
+        audio = EncodecTokenizer(
+            EncodecConfig(
+                sample_rate=1600,
+                ratios=(2, 5, 5),
+                num_filters=2,
+                latent_size=7,
+                num_lstm_layers=0,
+                num_codebooks=3,
+                codebook_size=13,
+            )
+        )
+        with torch.no_grad():
+            # Untrained codebooks are all zeros; drawn ones make different codes sound different.
+            for name, tensor in audio.state_dict().items():
+                if name.endswith((".embed", ".embed_avg")):
+                    tensor.normal_()
+    video.eval().save(video_directory)
+    audio.eval().save(audio_directory)
+    lines = [f"a {size} red {shape} rises" for size in ("small", "large") for shape in ("star", "circle", "square")]
+    SentencePieceTokenizer.train(lines, num_pieces=311).save(text_directory)
+    return video_directory, audio_directory, text_directory
+
+
+def tiny_defaults(**changes: Any) -> GenerationDefaults:
+    """5 video frames of 24 x 40 pixels at 8 frames/s, which is 2 x 3 x 5 video codes and 3 x 20 audio codes."""
+    return dataclasses.replace(GenerationDefaults(fps=8.0, num_frames=5, height=24, width=40), **changes)
+
+
+def tiny_tokenizer_bundle(directory: Path, *, seed: int = 0, **defaults: Any) -> Bundle:
+    """Write and open a bundle that holds untrained tokenizers and no model."""
+    with tempfile.TemporaryDirectory() as scratch:
+        tokenizers = save_tiny_tokenizers(Path(scratch), seed=seed)
+        return create_tokenizer_bundle(directory, *tokenizers, RESOLUTIONS, tiny_defaults(**defaults))
+
+
+def tiny_config(vocabulary: Vocabulary, **changes: Any) -> PoetConfig:
+    """A transformer of two layers over a vocabulary; scenes of up to 256 ids, films of up to 1,024."""
+    config = PoetConfig(
+        vocab_size=vocabulary.padded_vocab_size,
+        hidden_size=48,
+        ffn_hidden_size=80,
+        num_layers=2,
+        num_heads=4,
+        num_kv_heads=2,
+        head_dim=16,
+        scene_length=256,
+        max_position_embeddings=1024,
+    )
+    return dataclasses.replace(config, **changes)
+
+
+def tiny_bundle(directory: Path, *, seed: int = 0, config: dict[str, Any] | None = None, **defaults: Any) -> Bundle:
+    """Write and open a complete bundle with random weights: real tokenizers, real model, all tiny.
+
+    Args:
+        directory: where it will be; must not exist.
+        seed: of every weight.
+        config: fields of `tiny_config` that differ.
+        **defaults: fields of `tiny_defaults` that differ.
+    """
+    import torch
+    from safetensors.torch import save_file
+
+    from poet.model.transformer import PoetTransformer
+
+    with tempfile.TemporaryDirectory() as scratch:
+        source = tiny_tokenizer_bundle(Path(scratch) / "tokenizers", seed=seed, **defaults)
+        shape = tiny_config(source.vocabulary, **(config or {}))
+        with torch.random.fork_rng(devices=[]):
+            torch.manual_seed(seed)
+            model = PoetTransformer(shape)
+            with torch.no_grad():
+                # Untrained logits are all alike; ten times the usual deviation makes greedy choices that are clear.
+                model.model.embed_tokens.weight.mul_(10)
+        weights = {name: tensor.contiguous() for name, tensor in model.state_dict().items()}
+        return export_bundle(
+            directory,
+            source,
+            shape.to_huggingface_dict(fingerprint=source.fingerprint),
+            lambda path: save_file(weights, path, metadata={"format": "pt"}),
+            "A tiny bundle with random weights, for tests.\n",
+        )
