@@ -42,6 +42,7 @@ check: $(READY)  ## formatting, lint, types, import rules
 	$(BIN)/ruff format --check .
 	$(BIN)/ruff check .
 	$(BIN)/mypy
+	$(BIN)/mypy requirements
 	$(BIN)/lint-imports --no-logo
 
 format: $(READY)  ## put every file in the house format
