@@ -14,7 +14,7 @@ export GOMP_SPINCOUNT := 0
 export PIP_DISABLE_PIP_VERSION_CHECK := 1
 
 .DEFAULT_GOAL := help
-.PHONY: help setup demo test test-slow check format serve bench nano lock clean
+.PHONY: help setup demo test test-slow check format serve bench nano golden lock clean
 
 help:  ## list these commands
 	@awk -F ':.*##  *' '/^[a-z-]+:.*##/ { printf "make %-10s %s\n", $$1, $$2 }' $(MAKEFILE_LIST)
@@ -57,6 +57,9 @@ bench: $(READY)  ## measure this machine
 
 nano: $(READY)  ## train the shipped model from nothing
 	PATH="$(abspath $(BIN)):$$PATH" bash recipes/nano/train.sh
+
+golden: $(READY)  ## write the golden files of the tests anew
+	$(BIN)/python tests/golden/regenerate.py
 
 lock: $(READY)  ## resolve requirements/cpu.txt again; UPGRADE=1 takes the newest versions
 	$(BIN)/python requirements/lock.py $(if $(UPGRADE),--upgrade)
