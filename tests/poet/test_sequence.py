@@ -62,7 +62,7 @@ def grammar_of(scene: Scene):
 # Packing and unpacking
 
 
-@settings(deadline=None)
+@settings(deadline=None, max_examples=40)
 @given(scene=scenes())
 def test_unpack_is_the_inverse_of_pack(scene):
     packed = pack(scene, VOCABULARY)
@@ -70,7 +70,7 @@ def test_unpack_is_the_inverse_of_pack(scene):
     np.testing.assert_array_equal(pack(unpack(packed.ids, VOCABULARY), VOCABULARY).ids, packed.ids)
 
 
-@settings(deadline=None)
+@settings(deadline=None, max_examples=40)
 @given(scene=scenes())
 def test_the_prefix_ends_where_the_output_and_its_loss_begin(scene):
     ids, prefix_len, loss_mask = pack(scene, VOCABULARY)
@@ -81,7 +81,7 @@ def test_the_prefix_ends_where_the_output_and_its_loss_begin(scene):
     assert int(ids[prefix_len]) in starts and not np.isin(ids[:prefix_len], starts).any()
 
 
-@settings(deadline=None)
+@settings(deadline=None, max_examples=40)
 @given(scene=scenes())
 def test_a_prefix_comes_back_without_its_output(scene):
     bare = dataclasses.replace(scene, video_out=None, audio_out=None, text_out=None)
@@ -90,7 +90,7 @@ def test_a_prefix_comes_back_without_its_output(scene):
     np.testing.assert_array_equal(pack_prefix(bare, VOCABULARY), prefix)
 
 
-@settings(deadline=None)
+@settings(deadline=None, max_examples=40)
 @given(scene=scenes())
 def test_dropping_the_text_changes_pieces_to_null_and_nothing_else(scene):
     kept, dropped = pack(scene, VOCABULARY).ids, pack(scene, VOCABULARY, drop_text=True).ids
@@ -287,7 +287,7 @@ def test_an_image_is_one_latent_frame():
 # The grammar
 
 
-@settings(deadline=None)
+@settings(deadline=None, max_examples=40)
 @given(scene=scenes())
 def test_every_output_is_legal_under_its_grammar_at_every_place(scene):
     packed, grammar = pack(scene, VOCABULARY), grammar_of(scene)
@@ -300,7 +300,7 @@ def test_every_output_is_legal_under_its_grammar_at_every_place(scene):
         assert (low <= output).all() and (output < high).all()
 
 
-@settings(deadline=None)
+@settings(deadline=None, max_examples=40)
 @given(scene=scenes(), seed=st.integers(0, 2**31))
 def test_every_output_that_the_grammar_lets_through_unpacks(scene, seed):
     rng, state, output = np.random.default_rng(seed), GrammarState(grammar_of(scene)), []
@@ -358,7 +358,7 @@ def test_ids_outside_the_grammar_are_named_with_their_place():
             check_output(grammar, ids)
 
 
-@settings(deadline=None)
+@settings(deadline=None, max_examples=40)
 @given(scene=scenes())
 def test_grammars_survive_json(scene):
     grammar = grammar_of(scene)
