@@ -210,6 +210,14 @@ class ToyboxSource:
             raise IndexError(index)
         return draw(self.split, self.start + index)
 
+    def frames(self, index: int) -> NDArray[np.uint8]:
+        """The picture alone of clip `index`: (N, H, W, 3) uint8; faster where the sound is not wanted."""
+        return draw_frames(self.split, self.start + index)
+
+    def sound(self, index: int) -> NDArray[np.float32]:
+        """The sound alone of clip `index`: (S,) float32 in [-1, 1]."""
+        return draw_sound(self.split, self.start + index)
+
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class _Plan:

@@ -1,0 +1,279 @@
+"""Trains the video tokenizer: a recipe, and one optimiser step as a pure function of the state and the step number.
+
+Knows frames and codes, never ids. Which clips it sees is decided by a `FrameSource`: clip `i` of step `s` is number
+`s * batch_size + i`, so a resumed run sees what an uninterrupted one would have seen.
+
+Legend: B clips, N frames of H x W pixels, K bits.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Mapping
+from concurrent.futures import Future, ThreadPoolExecutor
+from pathlib import Path
+from typing import Any, Literal, Protocol
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from torch import Tensor, nn
+
+from poet.errors import ConfigError
+from poet.training.loop import ExponentialMovingAverage, cosine_schedule
+from poet_tokenizers.magvit2.config import MagViT2Config
+from poet_tokenizers.magvit2.discriminator import VideoDiscriminator
+from poet_tokenizers.magvit2.losses import LeCam, detail_weights, hinge_loss, psnr, reconstruction_loss
+from poet_tokenizers.magvit2.model import MagViT2
+from poet_tokenizers.magvit2.quantizer import Quantized
+
+__all__ = ["FrameSource", "VideoTokenizerRecipe", "VideoTokenizerTraining", "code_use"]
+
+
+class FrameSource(Protocol):
+    """Frames by number."""
+
+    def __len__(self) -> int: ...
+
+    def frames(self, index: int) -> NDArray[np.uint8]:
+        """(N, H, W, 3) uint8 of clip `index` in [0, len); always the same N, H and W."""
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class VideoTokenizerRecipe:
+    """How to train the tokenizer. The YAML recipe has the same keys.
+
+    Attributes:
+        codec: the tokenizer's shape.
+        source: where training clips come from: "toybox:train" or a folder of clips.
+        source_clips: how many of them to use; they are gone through in turn.
+        validation_source: where validation clips come from.
+        validation_clips: how many.
+        num_steps: optimiser steps in all.
+        batch_size: B.
+        learning_rate: highest; a linear warm-up, then a cosine down to `learning_rate_floor` of it.
+        ema_decay: of the averaged weights, which are what is measured and exported.
+        l1_share: share of absolute error in the reconstruction loss; the rest is squared error.
+        detail_strength: extra weight of places that differ from a clip's median colour.
+        commitment_weight: of the distance between latents and codes.
+        sample_entropy_weight: rewards sure codes.
+        codebook_entropy_weight: rewards that all codes are used.
+        entropy_boost: both entropy weights start at this multiple and fall to 1 over `entropy_boost_steps`.
+        adversarial_weight: of the generator's share of the adversarial loss; 0 trains without a discriminator.
+        adversarial_start: the step at which the discriminator joins.
+        lecam_weight: of the discriminator's regulariser.
+        discriminator_channels: its width.
+        gradient_clip: largest norm of the gradient.
+        precision: "bf16" (autocast) or "fp32".
+        compile: whether to compile encoder and decoder.
+        seed: of the weights.
+    """
+
+    codec: MagViT2Config = dataclasses.field(default_factory=MagViT2Config)
+    source: str = "toybox:train"
+    source_clips: int = 1_000_000
+    validation_source: str = "toybox:seen"
+    validation_clips: int = 64
+    num_steps: int = 10_000
+    batch_size: int = 8
+    learning_rate: float = 1e-3
+    warmup_steps: int = 100
+    learning_rate_floor: float = 0.02
+    weight_decay: float = 1e-4
+    ema_decay: float = 0.999
+    l1_share: float = 0.0
+    detail_strength: float = 0.0
+    commitment_weight: float = 0.25
+    sample_entropy_weight: float = 0.1
+    codebook_entropy_weight: float = 0.1
+    entropy_boost: float = 3.0
+    entropy_boost_steps: int = 2_000
+    adversarial_weight: float = 0.1
+    adversarial_start: int = 0
+    lecam_weight: float = 0.001
+    discriminator_channels: int = 64
+    gradient_clip: float = 1.0
+    precision: Literal["bf16", "fp32"] = "bf16"
+    compile: bool = False
+    seed: int = 0
+
+    def __post_init__(self) -> None:
+        if min(self.source_clips, self.validation_clips, self.num_steps, self.batch_size) < 1:
+            raise ConfigError("source_clips, validation_clips, num_steps and batch_size must be at least 1.")
+        if not 0 <= self.l1_share <= 1 or self.learning_rate <= 0:
+            raise ConfigError(f"l1_share must lie in [0, 1] and learning_rate be positive, got {self}.")
+
+
+class VideoTokenizerTraining:
+    """A `Trainable` for `poet.training.loop.fit`."""
+
+    def __init__(
+        self,
+        recipe: VideoTokenizerRecipe,
+        source: FrameSource,
+        validation: FrameSource,
+        *,
+        device: str | torch.device = "cpu",
+    ) -> None:
+        self.recipe, self.source, self.device = recipe, source, torch.device(device)
+        torch.manual_seed(recipe.seed)
+        self.model = MagViT2(recipe.codec).to(self.device).train()
+        self.average = ExponentialMovingAverage(self.model, recipe.ema_decay)
+        self.optimizer = _adam(self.model, recipe)
+        self.discriminator: VideoDiscriminator | None = None
+        if recipe.adversarial_weight > 0:
+            self.discriminator = VideoDiscriminator(recipe.discriminator_channels).to(self.device)
+            self.discriminator_optimizer = _adam(self.discriminator, recipe)
+            self.lecam = LeCam()
+        count = min(recipe.validation_clips, len(validation))
+        self.validation = np.stack([validation.frames(index) for index in range(count)])
+        if recipe.compile:
+            self.model.encoder.compile()
+            self.model.decoder.compile()
+        self.drawing = ThreadPoolExecutor(1)
+        self.drawn: dict[int, Future[Tensor]] = {}
+
+    def train_step(self, step: int) -> dict[str, float]:
+        """One optimiser step; returns losses, PSNR and the share of the batch's places that use distinct codes."""
+        recipe = self.recipe
+        video = self._batch(step)
+        rate = recipe.learning_rate * cosine_schedule(
+            step, recipe.warmup_steps, recipe.num_steps, recipe.learning_rate_floor
+        )
+        for group in self.optimizer.param_groups:
+            group["lr"] = rate
+        with self._autocast():
+            output, quantized = self.model(video)
+        output = output.float()
+        loss = reconstruction_loss(output, video, detail_weights(video, recipe.detail_strength), recipe.l1_share)
+        metrics = {"reconstruction_loss": float(loss.detach()), "psnr": float(psnr(output.detach(), video).mean())}
+        loss = loss + self._quantizer_loss(quantized, step)
+        adversarial = self.discriminator is not None and step >= recipe.adversarial_start
+        if adversarial:
+            assert self.discriminator is not None
+            with self._autocast():
+                generator_loss = -self.discriminator(output).mean()
+            loss = loss + recipe.adversarial_weight * generator_loss
+        self.optimizer.zero_grad(set_to_none=True)
+        loss.backward()  # type: ignore[no-untyped-call]
+        norm = nn.utils.clip_grad_norm_(self.model.parameters(), recipe.gradient_clip)
+        self.optimizer.step()
+        self.average.update(self.model)
+        if adversarial:
+            metrics |= self._train_discriminator(video, output.detach(), rate)
+        return metrics | {
+            "loss": float(loss.detach()),
+            "sample_entropy": float(quantized.sample_entropy.detach()),
+            "codebook_entropy": float(quantized.codebook_entropy.detach()),
+            "commitment": float(quantized.commitment.detach()),
+            "gradient_norm": float(norm),
+            "learning_rate": rate,
+        }
+
+    def validate(self, step: int) -> dict[str, float]:
+        """PSNR and code use of the averaged weights on the validation clips."""
+        scores, codes = [], []
+        for start in range(0, len(self.validation), 16):
+            video = to_video(self.validation[start : start + 16]).to(self.device)
+            batch_codes = self.average.module.encode(video)
+            output = self.average.module.decode(batch_codes, (video.shape[-2], video.shape[-1]))
+            scores.append(psnr(output, video))
+            codes.append(batch_codes.cpu())
+        all_scores = torch.cat(scores)
+        error = torch.pow(10, -all_scores / 10).mean()
+        return {
+            "psnr": float(all_scores.mean()),
+            "psnr_of_mean_error": float(-10 * torch.log10(error)),
+            "psnr_worst_tenth": float(torch.quantile(all_scores, 0.1)),
+            **code_use(torch.cat(codes), self.recipe.codec.codebook_size),
+        }
+
+    def state_dict(self) -> dict[str, Any]:
+        """Weights, averages and optimisers."""
+        state = {
+            "model": self.model.state_dict(),
+            "average": self.average.state_dict(),
+            "optimizer": self.optimizer.state_dict(),
+        }
+        if self.discriminator is not None:
+            state["discriminator"] = self.discriminator.state_dict()
+            state["discriminator_optimizer"] = self.discriminator_optimizer.state_dict()
+            state["lecam"] = self.lecam.state_dict()
+        return state
+
+    def load_state_dict(self, state: Mapping[str, Any]) -> None:
+        """Inverse of `state_dict`."""
+        self.model.load_state_dict(state["model"])
+        self.average.load_state_dict(state["average"])
+        self.optimizer.load_state_dict(state["optimizer"])
+        if self.discriminator is not None:
+            self.discriminator.load_state_dict(state["discriminator"])
+            self.discriminator_optimizer.load_state_dict(state["discriminator_optimizer"])
+            self.lecam.load_state_dict(state["lecam"])
+
+    def export(self, directory: Path) -> None:
+        """Write the tokenizer with the averaged weights."""
+        self.average.module.save(directory)
+
+    def _quantizer_loss(self, quantized: Quantized, step: int) -> Tensor:
+        recipe = self.recipe
+        left = max(0.0, 1 - step / recipe.entropy_boost_steps) if recipe.entropy_boost_steps else 0.0
+        boost = 1 + (recipe.entropy_boost - 1) * left
+        return (
+            recipe.commitment_weight * quantized.commitment
+            + boost * recipe.sample_entropy_weight * quantized.sample_entropy
+            - boost * recipe.codebook_entropy_weight * quantized.codebook_entropy
+        )
+
+    def _train_discriminator(self, video: Tensor, output: Tensor, rate: float) -> dict[str, float]:
+        assert self.discriminator is not None
+        for group in self.discriminator_optimizer.param_groups:
+            group["lr"] = rate
+        with self._autocast():
+            real, fake = self.discriminator(video), self.discriminator(output)
+        hinge = hinge_loss(real, fake)
+        loss = hinge + self.recipe.lecam_weight * self.lecam(real, fake)
+        self.discriminator_optimizer.zero_grad(set_to_none=True)
+        loss.backward()  # type: ignore[no-untyped-call]
+        self.discriminator_optimizer.step()
+        return {"discriminator_loss": float(hinge.detach())}
+
+    def _batch(self, step: int) -> Tensor:
+        """The step's clips; those of the next step are drawn meanwhile."""
+        for number in (step, step + 1):
+            if number not in self.drawn:
+                self.drawn[number] = self.drawing.submit(self._draw, number)
+        batch = self.drawn.pop(step).result()
+        self.drawn = {number: future for number, future in self.drawn.items() if number > step}
+        return batch.to(self.device)
+
+    def _draw(self, step: int) -> Tensor:
+        first, count = step * self.recipe.batch_size, min(self.recipe.source_clips, len(self.source))
+        return to_video(np.stack([self.source.frames((first + i) % count) for i in range(self.recipe.batch_size)]))
+
+    def _autocast(self) -> torch.autocast:
+        return torch.autocast(self.device.type, dtype=torch.bfloat16, enabled=self.recipe.precision == "bf16")
+
+
+def to_video(frames: NDArray[np.uint8]) -> Tensor:
+    """(B, N, H, W, 3) uint8 to (B, 3, N, H, W) float32 in [-1, 1]."""
+    return torch.from_numpy(frames).permute(0, 4, 1, 2, 3).float() / 127.5 - 1
+
+
+def code_use(codes: Tensor, codebook_size: int) -> dict[str, float]:
+    """How many codes occur, and their perplexity: the size of an evenly used codebook of the same entropy.
+
+    Args:
+        codes: integers of any shape in [0, codebook_size).
+        codebook_size: number of codes that there are.
+    """
+    share = torch.bincount(codes.flatten(), minlength=codebook_size).double()
+    share = share / share.sum()
+    used = share[share > 0]
+    return {"codes_used": float(len(used)), "code_perplexity": float(torch.exp(-(used * used.log()).sum()))}
+
+
+def _adam(module: nn.Module, recipe: VideoTokenizerRecipe) -> torch.optim.AdamW:
+    return torch.optim.AdamW(
+        module.parameters(), lr=recipe.learning_rate, betas=(0.9, 0.99), weight_decay=recipe.weight_decay, fused=True
+    )
