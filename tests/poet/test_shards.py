@@ -144,7 +144,7 @@ def test_a_writer_refuses_what_was_begun_differently(
     with writer(tmp_path) as shards:
         fill(shards, until=7)
     with pytest.raises(error) as raised:
-        writer(tmp_path, **changes)
+        writer(tmp_path, **changes)  # type: ignore[arg-type]
     assert all(word in str(raised.value) for word in words)
     with writer(tmp_path) as shards:  # and the refusal has let go of the directory
         assert shards.next_index == 7
