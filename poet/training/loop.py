@@ -112,7 +112,7 @@ class ExponentialMovingAverage:
         """Move towards the present weights of `module`."""
         decay = min(self.decay, (1 + self.num_updates) / (10 + self.num_updates))
         self.num_updates += 1
-        averages = list(self.module.parameters())
+        averages = [weight.detach() for weight in self.module.parameters()]
         torch._foreach_lerp_(averages, [weight.detach() for weight in module.parameters()], 1 - decay)
         for buffer, new in zip(self.module.buffers(), module.buffers(), strict=True):
             buffer.copy_(new)

@@ -155,7 +155,7 @@ class VideoTokenizerTraining:
                 generator_loss = -self.discriminator(output).mean()
             loss = loss + recipe.adversarial_weight * generator_loss
         self.optimizer.zero_grad(set_to_none=True)
-        loss.backward()  # type: ignore[no-untyped-call]
+        loss.backward()
         norm = nn.utils.clip_grad_norm_(self.model.parameters(), recipe.gradient_clip)
         self.optimizer.step()
         self.average.update(self.model)
@@ -172,11 +172,14 @@ class VideoTokenizerTraining:
 
     def validate(self, step: int) -> dict[str, float]:
         """PSNR and code use of the averaged weights on the validation clips."""
-        scores, codes = [], []
+        scores: list[Tensor] = []
+        codes: list[Tensor] = []
+        tokenizer = self.average.module
+        assert isinstance(tokenizer, MagViT2)
         for start in range(0, len(self.validation), 16):
             video = to_video(self.validation[start : start + 16]).to(self.device)
-            batch_codes = self.average.module.encode(video)
-            output = self.average.module.decode(batch_codes, (video.shape[-2], video.shape[-1]))
+            batch_codes = tokenizer.encode(video)
+            output = tokenizer.decode(batch_codes, (video.shape[-2], video.shape[-1]))
             scores.append(psnr(output, video))
             codes.append(batch_codes.cpu())
         all_scores = torch.cat(scores)
@@ -213,6 +216,7 @@ class VideoTokenizerTraining:
 
     def export(self, directory: Path) -> None:
         """Write the tokenizer with the averaged weights."""
+        assert isinstance(self.average.module, MagViT2)
         self.average.module.save(directory)
 
     def _quantizer_loss(self, quantized: Quantized, step: int) -> Tensor:
@@ -234,7 +238,7 @@ class VideoTokenizerTraining:
         hinge = hinge_loss(real, fake)
         loss = hinge + self.recipe.lecam_weight * self.lecam(real, fake)
         self.discriminator_optimizer.zero_grad(set_to_none=True)
-        loss.backward()  # type: ignore[no-untyped-call]
+        loss.backward()
         self.discriminator_optimizer.step()
         return {"discriminator_loss": float(hinge.detach())}
 

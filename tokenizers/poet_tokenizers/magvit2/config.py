@@ -101,4 +101,7 @@ class MagViT2Config:
                 f"a MAGVIT-v2 config must have exactly the keys {', '.join(sorted(names))}; "
                 f"missing: {sorted(names - set(values))}, unknown: {sorted(set(values) - names)}."
             )
-        return cls(**{name: tuple(value) if isinstance(value, list) else value for name, value in values.items()})
+        plain: dict[str, Any] = {
+            name: tuple(value) if isinstance(value, list) else value for name, value in values.items()
+        }
+        return cls(**plain)

@@ -76,7 +76,8 @@ class Encoder(nn.Module):
         x = self.input(space_to_depth(video, self.patch_size, first_chunk=first), memory)
         x = x.contiguous(memory_format=torch.channels_last_3d)
         for blocks in self.levels:
-            for block in blocks:  # type: ignore[union-attr]
+            assert isinstance(blocks, nn.ModuleList)
+            for block in blocks:
                 x = block(x, memory=memory)
         out: Tensor = self.output(F.silu(self.norm(x)))
         return out
@@ -108,7 +109,8 @@ class Decoder(nn.Module):
         first = memory is None or memory.first_chunk
         x = self.input(latent, memory).contiguous(memory_format=torch.channels_last_3d)
         for blocks in self.levels:
-            for block in blocks:  # type: ignore[union-attr]
+            assert isinstance(blocks, nn.ModuleList)
+            for block in blocks:
                 x = block(x, latent) if isinstance(block, AdaptiveNorm) else block(x, memory=memory)
         x = self.output(F.silu(self.norm(x, latent)), memory)
         return depth_to_space(x, self.patch_size, first_chunk=first)
@@ -124,7 +126,7 @@ class MagViT2(nn.Module):
         self.quantizer = LookupFreeQuantizer(config.num_bits, config.entropy_group_bits)
         self.decoder = Decoder(config)
         self._checksum = ""
-        self.to(memory_format=torch.channels_last_3d)
+        self.to(memory_format=torch.channels_last_3d)  # type: ignore[call-overload]
 
     @property
     def spec(self) -> VideoSpec:

@@ -1,0 +1,260 @@
+"""Trains the language model in one process: the reference that the parallel trainer is held against.
+
+Knows batches of scenes and the transformer; what an id means is the vocabulary's business, where scenes come from the
+loader's. Batch `s` of the loader belongs to step `s`, so a resumed run repeats and skips nothing.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Mapping
+from concurrent.futures import Future, ThreadPoolExecutor
+from pathlib import Path
+from typing import Any, Literal
+
+import torch
+from safetensors.torch import load_file, save_file
+from torch import Tensor, nn
+
+from poet.bundle import Bundle, export_bundle
+from poet.data.loader import Batch, SceneLoader
+from poet.data.packing import MODALITIES, SceneSampler
+from poet.data.shards import open_shards
+from poet.errors import CheckpointError, ConfigError
+from poet.model.attention import SceneLayout
+from poet.model.config import PoetConfig
+from poet.model.transformer import PoetTransformer
+from poet.training.loop import ExponentialMovingAverage, cosine_schedule
+from poet.training.losses import modality_means, target_losses
+
+__all__ = ["LanguageRecipe", "LanguageTraining", "ModelSize"]
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class ModelSize:
+    """The sizes that a recipe decides; the vocabulary decides the rest of `PoetConfig`."""
+
+    hidden_size: int = 256
+    ffn_hidden_size: int = 768
+    num_layers: int = 10
+    num_heads: int = 4
+    num_kv_heads: int = 2
+    head_dim: int = 64
+    scene_length: int = 768
+    max_position_embeddings: int = 24_576
+    rope_theta: float = 10_000.0
+    tie_embeddings: bool = True
+
+    def to_config(self, vocab_size: int) -> PoetConfig:
+        """The transformer's config for a vocabulary of `vocab_size` ids (padded)."""
+        return PoetConfig(vocab_size=vocab_size, **dataclasses.asdict(self))
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class LanguageRecipe:
+    """How to train the language model. The YAML recipe has the same keys.
+
+    Attributes:
+        bundle: the tokenizer bundle: vocabulary and tokenizers.
+        shards: token shards to learn from.
+        validation_shards: token shards to measure on.
+        start_from: a bundle whose weights to begin with; null starts from random weights.
+        model: sizes.
+        tasks: task name to weight.
+        text_dropout: share of scenes whose text is replaced by <null>.
+        optional_share: share of scenes in which an input that the task may do without is given.
+        num_steps: optimiser steps in all.
+        batch_size: scenes a step.
+        learning_rate: highest; a linear warm-up, then a cosine down to `learning_rate_floor` of it.
+        weight_decay: of matrices; gains are not decayed.
+        ema_decay: of the averaged weights, which are what is measured and exported.
+        gradient_clip: largest norm of the gradient.
+        validation_batches: batches to measure on.
+        precision: "bf16" (autocast) or "fp32".
+        export_dtype: of the exported weights.
+        compile: whether to compile the transformer.
+        seed: of weights, order and tasks.
+    """
+
+    bundle: Path
+    shards: Path
+    validation_shards: Path
+    start_from: Path | None = None
+    model: ModelSize = dataclasses.field(default_factory=ModelSize)
+    tasks: dict[str, float] = dataclasses.field(default_factory=lambda: {"text_to_video_audio": 1.0})
+    text_dropout: float = 0.1
+    optional_share: float = 0.5
+    num_steps: int = 2_000
+    batch_size: int = 24
+    learning_rate: float = 1.5e-3
+    warmup_steps: int = 100
+    learning_rate_floor: float = 0.05
+    beta2: float = 0.98
+    weight_decay: float = 0.05
+    ema_decay: float = 0.995
+    gradient_clip: float = 1.0
+    validation_batches: int = 8
+    precision: Literal["bf16", "fp32"] = "bf16"
+    export_dtype: Literal["float32", "bfloat16"] = "bfloat16"
+    compile: bool = False
+    seed: int = 0
+
+    def __post_init__(self) -> None:
+        if min(self.num_steps, self.batch_size, self.validation_batches) < 1 or self.learning_rate <= 0:
+            raise ConfigError("num_steps, batch_size, validation_batches and learning_rate must be positive.")
+
+
+class LanguageTraining:
+    """A `Trainable` for `poet.training.loop.fit`."""
+
+    def __init__(self, recipe: LanguageRecipe, *, device: str | torch.device = "cpu") -> None:
+        self.recipe, self.device = recipe, torch.device(device)
+        self.bundle = Bundle.open(recipe.bundle, require_model=False)
+        vocabulary = self.bundle.vocabulary
+        self.config = recipe.model.to_config(vocabulary.padded_vocab_size)
+        self.loader = self._open(recipe.shards, recipe.tasks, recipe.text_dropout)
+        self.validation = self._open(recipe.validation_shards, recipe.tasks, 0.0)
+        torch.manual_seed(recipe.seed)
+        self.model = PoetTransformer(self.config)
+        if recipe.start_from is not None:
+            self._start_from(recipe.start_from)
+        self.model.to(self.device)
+        self.average = ExponentialMovingAverage(self.model, recipe.ema_decay)
+        decayed = [weight for weight in self.model.parameters() if weight.ndim > 1]
+        gains = [weight for weight in self.model.parameters() if weight.ndim == 1]
+        groups = [{"params": decayed, "weight_decay": recipe.weight_decay}, {"params": gains, "weight_decay": 0.0}]
+        self.optimizer = torch.optim.AdamW(groups, lr=recipe.learning_rate, betas=(0.9, recipe.beta2), fused=True)
+        if recipe.compile:
+            self.model.compile(dynamic=True)
+        self.drawing = ThreadPoolExecutor(1)
+        self.drawn: dict[int, Future[Batch]] = {}
+
+    def train_step(self, step: int) -> dict[str, float]:
+        """One optimiser step; returns losses by modality, ids and the gradient's norm."""
+        recipe = self.recipe
+        batch = self._batch(step)
+        rate = recipe.learning_rate * cosine_schedule(
+            step, recipe.warmup_steps, recipe.num_steps, recipe.learning_rate_floor
+        )
+        for group in self.optimizer.param_groups:
+            group["lr"] = rate
+        loss_mask = batch["loss_mask"].to(self.device)
+        losses = self._losses(self.model, batch, loss_mask)
+        loss = losses.mean()
+        self.optimizer.zero_grad(set_to_none=True)
+        loss.backward()
+        norm = nn.utils.clip_grad_norm_(self.model.parameters(), recipe.gradient_clip)
+        self.optimizer.step()
+        self.average.update(self.model)
+        return {
+            "loss": float(loss.detach()),
+            **modality_means(losses, batch["modality"].to(self.device), loss_mask, MODALITIES),
+            "gradient_norm": float(norm),
+            "learning_rate": rate,
+            "ids": float(batch["lengths"].sum()),
+            "padding_share": 1 - float(batch["lengths"].sum()) / batch["ids"].numel(),
+            "epoch": self.loader.epoch_of(step),
+        }
+
+    @torch.no_grad()
+    def validate(self, step: int) -> dict[str, float]:
+        """Losses of the averaged weights on the first validation batches, always the same ones."""
+        sums: dict[str, list[float]] = {}
+        for number in range(self.recipe.validation_batches):
+            batch = self.validation.batch(number)
+            loss_mask = batch["loss_mask"].to(self.device)
+            losses = self._losses(self.average.module, batch, loss_mask)
+            means = modality_means(losses, batch["modality"].to(self.device), loss_mask, MODALITIES)
+            for name, value in {"loss": float(losses.mean()), **means}.items():
+                sums.setdefault(name, []).append(value)
+        return {name: sum(values) / len(values) for name, values in sums.items()}
+
+    def state_dict(self) -> dict[str, Any]:
+        """Weights, average, optimiser, and what decides the order of the data."""
+        return {
+            "model": self.model.state_dict(),
+            "average": self.average.state_dict(),
+            "optimizer": self.optimizer.state_dict(),
+            "fingerprint": self.bundle.fingerprint,
+            "loader": self.loader.state_dict(),
+        }
+
+    def load_state_dict(self, state: Mapping[str, Any]) -> None:
+        """Inverse of `state_dict`.
+
+        Raises:
+            CheckpointError: the checkpoint belongs to another vocabulary.
+            ConfigError: the data or its order differ.
+        """
+        if state["fingerprint"] != self.bundle.fingerprint:
+            raise CheckpointError(
+                f"the checkpoint was trained with the vocabulary {state['fingerprint'][:12]}, the bundle "
+                f"{self.bundle.path} has {self.bundle.fingerprint[:12]}. Name the bundle it was begun with."
+            )
+        self.loader.load_state_dict(state["loader"])
+        self.model.load_state_dict(state["model"])
+        self.average.load_state_dict(state["average"])
+        self.optimizer.load_state_dict(state["optimizer"])
+
+    def export(self, directory: Path) -> None:
+        """Write the bundle with the averaged weights."""
+        dtype = getattr(torch, self.recipe.export_dtype)
+        weights = {
+            name: tensor.to("cpu", dtype).contiguous() for name, tensor in self.average.module.state_dict().items()
+        }
+        export_bundle(
+            directory,
+            self.bundle,
+            self.config.to_huggingface_dict(fingerprint=self.bundle.fingerprint, dtype=self.recipe.export_dtype),
+            lambda path: save_file(weights, path, metadata={"format": "pt"}),
+            overwrite=True,
+        )
+
+    def _open(self, shards: Path, tasks: Mapping[str, float], text_dropout: float) -> SceneLoader:
+        sampler = SceneSampler(
+            self.bundle.vocabulary,
+            self.bundle.text_tokenizer,
+            tasks,
+            text_dropout=text_dropout,
+            optional_share=self.recipe.optional_share,
+            seed=self.recipe.seed,
+        )
+        return SceneLoader(
+            open_shards(shards, self.bundle.fingerprint),
+            sampler,
+            micro_batch_size=self.recipe.batch_size,
+            seed=self.recipe.seed,
+            max_length=self.config.scene_length,
+        )
+
+    def _start_from(self, path: Path) -> None:
+        start = Bundle.open(path)
+        if start.fingerprint != self.bundle.fingerprint:
+            raise CheckpointError(
+                f"start_from {path} has the vocabulary {start.fingerprint[:12]}, the bundle {self.bundle.path} has "
+                f"{self.bundle.fingerprint[:12]}; their ids mean different things."
+            )
+        if start.model_config != self.config:
+            raise ConfigError(
+                f"start_from {path} has the sizes {start.model_config}, the recipe asks for {self.config}."
+            )
+        self.model.load_state_dict({name: tensor.float() for name, tensor in load_file(start.weights).items()})
+
+    def _losses(self, model: nn.Module, batch: Batch, loss_mask: Tensor) -> Tensor:
+        assert isinstance(model, PoetTransformer)
+        ids = batch["ids"].to(self.device)
+        layout = SceneLayout.from_prefix_lengths(
+            batch["prefix_len"].to(self.device), batch["lengths"].to(self.device), ids.shape[1]
+        )
+        with torch.autocast(self.device.type, dtype=torch.bfloat16, enabled=self.recipe.precision == "bf16"):
+            hidden = model(ids, layout)
+            return target_losses(hidden, ids, loss_mask, model.logits)
+
+    def _batch(self, step: int) -> Batch:
+        """The step's batch; that of the next step is made meanwhile."""
+        for number in (step, step + 1):
+            if number not in self.drawn:
+                self.drawn[number] = self.drawing.submit(self.loader.batch, number)
+        batch = self.drawn.pop(step).result()
+        self.drawn = {number: future for number, future in self.drawn.items() if number > step}
+        return batch
