@@ -1,0 +1,323 @@
+"""The whole road from a request to a clip; the page to read first.
+
+    request -> codes (tokenizers) -> ids (sequence) -> ids written by an engine -> codes -> clip
+
+Every step is somebody else's; this file only walks the road. It knows no model, no offsets, no file formats.
+
+Legend: N video frames of H x W pixels, S audio samples, T latent frames, K audio levels, A audio latents.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import hashlib
+import secrets
+from collections import defaultdict
+from collections.abc import Callable, Sequence
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+
+from poet import __version__
+from poet.bundle import Bundle
+from poet.errors import ConfigError
+from poet.generation.engine import Engine, GenerationRequest
+from poet.generation.sampling import SamplingConfig
+from poet.media import Clip
+from poet.sequence import Scene, output_grammar, pack_prefix, unpack
+from poet.tasks import ClipParts, Task, get_task
+
+__all__ = ["ClipRequest", "GeneratedClip", "Pipeline"]
+
+MAX_TEXT_CHARACTERS = 100_000  # longer texts are refused before they are tokenised
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class ClipRequest:
+    """One clip to write.
+
+    Attributes:
+        task: name in `poet.tasks.TASKS`.
+        text: the prompt, where the task reads one; None gives none.
+        clip: the conditioning clip, at the bundle's frame rate, size and sample rate: a single frame for an image, the
+            frames to go on from for a continuation, samples for a sound. None gives none.
+        sampling: how ids are drawn; without a seed a new one is drawn and recorded.
+    """
+
+    task: str
+    text: str | None = None
+    clip: Clip | None = None
+    sampling: SamplingConfig = dataclasses.field(default_factory=SamplingConfig)
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class GeneratedClip:
+    """What a request became.
+
+    Attributes:
+        request: as carried out, with its seed.
+        clip: picture, sound or both; None for a text.
+        text: what was written, for tasks that write text.
+        ids: output ids, as the engine wrote them.
+        metadata: what made it, for the container of the file.
+    """
+
+    request: ClipRequest
+    clip: Clip | None
+    text: str | None
+    ids: tuple[int, ...]
+    metadata: dict[str, str]
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class _Prepared:
+    request: ClipRequest
+    task: Task
+    parts: ClipParts
+    num_given: int
+    scene: Scene
+    generation: GenerationRequest
+
+
+class Pipeline:
+    """Requests to clips, with one bundle and one engine.
+
+    Args:
+        bundle: vocabulary, tokenizers and defaults.
+        engine: writes the ids; it must have been started on the same bundle.
+        device: of the tokenizers.
+    """
+
+    def __init__(self, bundle: Bundle, engine: Engine, *, device: str = "cpu") -> None:
+        self.bundle, self.engine, self.device = bundle, engine, device
+        self.geometry = bundle.geometry()
+        self.text_tokenizer = bundle.text_tokenizer
+        self.video_tokenizer = bundle.load_video_tokenizer(device)
+        self.audio_tokenizer = bundle.load_audio_tokenizer(device)
+
+    def generate(
+        self, requests: Sequence[ClipRequest], progress: Callable[[int, int], None] | None = None
+    ) -> list[GeneratedClip]:
+        """Write a clip for every request, all in one batch.
+
+        Args:
+            requests: any number, of any tasks.
+            progress: called with (ids written, ids in all).
+
+        Returns:
+            One clip a request, in order.
+
+        Raises:
+            ConfigError: a request that cannot be carried out; nothing has been written then.
+        """
+        prepared = [self._prepare(request) for request in requests]
+        outputs = self.engine.generate([item.generation for item in prepared], progress)
+        scenes = [
+            unpack(np.concatenate([item.generation.prefix_ids, ids]), self.bundle.vocabulary)
+            for item, ids in zip(prepared, outputs, strict=True)
+        ]
+        parts = [
+            dataclasses.replace(item.parts, video_out=scene.video_out, audio_out=scene.audio_out)
+            for item, scene in zip(prepared, scenes, strict=True)
+        ]
+        joined = [item.task.join_clip(part) for item, part in zip(prepared, parts, strict=True)]
+        frames = self._decode_video([video for video, _ in joined])
+        samples = self._decode_audio([audio for _, audio in joined])
+        results = []
+        for item, ids, scene, picture, sound in zip(prepared, outputs, scenes, frames, samples, strict=True):
+            text = None if scene.text_out is None else self.text_tokenizer.decode(list(scene.text_out))
+            results.append(
+                GeneratedClip(
+                    request=item.request,
+                    clip=None if item.task.writes_text else self._finish(item, picture, sound),
+                    text=text,
+                    ids=tuple(ids),
+                    metadata=self._describe(item.request, ids),
+                )
+            )
+        return results
+
+    def _prepare(self, request: ClipRequest) -> _Prepared:
+        """Encode what is given, pack the prefix and say what may be written."""
+        task = get_task(request.task)
+        clip = request.clip
+        given = [kind for kind, there in self._given(request) if there]
+        task.check_inputs(given)
+        if request.sampling.seed is None:
+            seeded = dataclasses.replace(request.sampling, seed=secrets.randbelow(2**31))
+            request = dataclasses.replace(request, sampling=seeded)
+        pieces = None if request.text is None else self._encode_text(request.text)
+        video_in = self._encode_given_video(task, clip)
+        num_given = 0 if video_in is None else len(video_in)
+        shape = task.output_shape(self.geometry, num_given if task.conditioning != "nothing" and num_given else None)
+        audio_in = self._encode_given_audio(task, clip, num_given)
+        parts = ClipParts(video_in=video_in, audio_in=audio_in if "audio" in task.inputs | task.optional else None)
+        sees_video = video_in is not None or shape.video is not None
+        scene = Scene(
+            task=task.name,
+            text=pieces,
+            video_in=parts.video_in,
+            audio_in=parts.audio_in,
+            resolution=self.geometry.resolution if sees_video else None,
+        )
+        prefix = pack_prefix(scene, self.bundle.vocabulary)
+        grammar = output_grammar(
+            task, self.bundle.vocabulary, video_latent_shape=shape.video, num_audio_latents=shape.audio
+        )
+        return _Prepared(
+            request=request,
+            task=task,
+            parts=parts,
+            num_given=num_given,
+            scene=scene,
+            generation=GenerationRequest(
+                prefix_ids=tuple(int(value) for value in prefix), grammar=grammar, sampling=request.sampling
+            ),
+        )
+
+    def _given(self, request: ClipRequest) -> list[tuple[str, bool]]:
+        clip = request.clip
+        reads = get_task(request.task).inputs | get_task(request.task).optional
+        return [
+            ("text", request.text is not None),
+            ("video", clip is not None and clip.frames is not None and ("video" in reads or clip.samples is None)),
+            ("audio", clip is not None and clip.samples is not None and ("audio" in reads or clip.frames is None)),
+        ]
+
+    def _encode_text(self, text: str) -> tuple[int, ...]:
+        if len(text) > MAX_TEXT_CHARACTERS:
+            raise ConfigError(
+                f"the prompt must have at most {MAX_TEXT_CHARACTERS:,} characters, it has {len(text):,}. Shorten it."
+            )
+        pieces = tuple(self.text_tokenizer.encode(text))
+        longest = self.bundle.model_config.scene_length - self._output_length() - 16
+        if len(pieces) > longest:
+            raise ConfigError(
+                f"the prompt must have at most {longest} text pieces beside a clip, it has {len(pieces)} "
+                f"({len(text):,} characters). Shorten it."
+            )
+        return pieces
+
+    def _output_length(self) -> int:
+        """Ids of a whole clip's picture and sound."""
+        audio = self.geometry.num_audio_latents(self.geometry.num_frames) * self.bundle.vocabulary.num_audio_codebooks
+        return int(np.prod(self.geometry.latent_shape)) + audio
+
+    def _encode_given_video(self, task: Task, clip: Clip | None) -> NDArray[np.int64] | None:
+        if clip is None or clip.frames is None or "video" not in task.inputs | task.optional:
+            return None
+        frames = self._check_frames(clip.frames)
+        if task.conditioning == "first_frame":
+            frames = frames[:1]
+        elif task.conditioning == "first_frames":
+            wanted = self.geometry.num_video_frames(task.default_condition(self.geometry.latent_shape[0]))
+            frames = frames[-self._whole_latents(min(wanted, len(frames))) :]
+        elif len(frames) != self.geometry.num_frames:
+            raise ConfigError(
+                f"task {task.name} must be given a clip of {self.geometry.num_frames} frames, got {len(frames)}."
+            )
+        pixels = torch.from_numpy(frames).permute(3, 0, 1, 2)[None].float() / 127.5 - 1
+        return self.video_tokenizer.encode(pixels.to(self.device))[0].cpu().numpy()
+
+    def _encode_given_audio(self, task: Task, clip: Clip | None, num_given: int) -> NDArray[np.int64] | None:
+        if clip is None or clip.samples is None or "audio" not in task.inputs | task.optional:
+            return None
+        frames = self.geometry.num_video_frames(num_given) if task.conditioning == "first_frames" else None
+        wanted = self.geometry.num_samples(self.geometry.num_frames if frames is None else frames)
+        samples = clip.samples[-wanted:] if frames is not None else clip.samples[:wanted]
+        samples = np.pad(samples, (wanted - len(samples), 0) if frames is not None else (0, wanted - len(samples)))
+        waveform = torch.from_numpy(samples)[None, None].to(self.device)
+        return self.audio_tokenizer.encode(waveform)[0].cpu().numpy()
+
+    def _check_frames(self, frames: NDArray[np.uint8]) -> NDArray[np.uint8]:
+        if frames.shape[1:3] != self.geometry.resolution:
+            raise ConfigError(
+                f"the given picture must be {self.geometry.height} x {self.geometry.width} pixels, "
+                f"got {frames.shape[1]} x {frames.shape[2]}. Read it with poet.media at that size."
+            )
+        return frames
+
+    def _whole_latents(self, num_frames: int) -> int:
+        """The largest 1 + k * temporal_stride that is at most `num_frames`."""
+        stride = self.geometry.temporal_stride
+        return 1 + (num_frames - 1) // stride * stride
+
+    def _decode_video(self, codes: Sequence[NDArray[np.int64] | None]) -> list[NDArray[np.uint8] | None]:
+        """Codes (T, h, w) of each clip to frames (N, H, W, 3) uint8; clips of one shape are decoded together."""
+        results: list[NDArray[np.uint8] | None] = [None] * len(codes)
+        groups: dict[tuple[int, ...], list[tuple[int, NDArray[np.int64]]]] = defaultdict(list)
+        for place, item in enumerate(codes):
+            if item is not None:
+                groups[item.shape].append((place, item))
+        for group in groups.values():
+            for start in range(0, len(group), 16):
+                chosen = group[start : start + 16]
+                batch = torch.from_numpy(np.stack([item for _, item in chosen])).to(self.device)
+                video = self.video_tokenizer.decode(batch)[..., : self.geometry.height, : self.geometry.width]
+                pixels = ((video + 1) * 127.5).round().clamp(0, 255).to(torch.uint8)
+                for (place, _), clip in zip(chosen, pixels.permute(0, 2, 3, 4, 1).cpu().numpy(), strict=True):
+                    results[place] = clip
+        return results
+
+    def _decode_audio(self, codes: Sequence[NDArray[np.int64] | None]) -> list[NDArray[np.float32] | None]:
+        """Codes (K, A) of each clip to samples (S,) float32."""
+        results: list[NDArray[np.float32] | None] = []
+        for item in codes:
+            if item is None:
+                results.append(None)
+                continue
+            waveform = self.audio_tokenizer.decode(torch.from_numpy(item)[None].to(self.device))[0, 0]
+            results.append(waveform.float().clamp(-1, 1).cpu().numpy())
+        return results
+
+    def _finish(self, item: _Prepared, frames: NDArray[np.uint8] | None, samples: NDArray[np.float32] | None) -> Clip:
+        """Put what was given in front of what a continuation wrote, and make picture and sound equally long."""
+        geometry, given = self.geometry, item.request.clip
+        if item.task.conditioning == "first_frames" and frames is not None:
+            assert given is not None
+            assert given.frames is not None
+            start = geometry.num_video_frames(item.num_given)
+            source = given.frames
+            new_samples = None if samples is None else samples[-self._new_samples(item) :]
+            if new_samples is not None:
+                before = round(len(source) * geometry.sample_rate / geometry.fps)
+                sound = np.zeros(before, np.float32) if given.samples is None else given.samples[:before]
+                sound = np.pad(sound, (0, before - len(sound)))
+                samples = np.concatenate([sound, new_samples])
+            frames = np.concatenate([source, frames[start:]])
+        if item.task.outputs == "audio" and given is not None and given.frames is not None:
+            frames = given.frames
+        if item.task.outputs == "video" and given is not None and given.samples is not None:
+            samples = given.samples
+        if frames is not None and samples is not None:
+            length = round(len(frames) * geometry.sample_rate / geometry.fps)
+            samples = np.pad(samples[:length], (0, max(0, length - len(samples))))
+        return Clip(frames=frames, fps=geometry.fps, samples=samples, sample_rate=geometry.sample_rate)
+
+    def _new_samples(self, item: _Prepared) -> int:
+        shape = item.task.output_shape(self.geometry, item.num_given)
+        return (shape.audio or 0) * self.geometry.hop_length
+
+    def _describe(self, request: ClipRequest, ids: Sequence[int]) -> dict[str, str]:
+        """What made the clip, for its container's metadata."""
+        sampling = request.sampling
+        return {
+            "generator": f"Poet {__version__}",
+            "machine_made": "yes",
+            "bundle": self.bundle.path.name,
+            "fingerprint": self.bundle.fingerprint,
+            "engine": self.engine.name,
+            "task": request.task,
+            "prompt": "" if request.text is None else request.text,
+            "seed": str(sampling.seed),
+            "temperature": repr(sampling.temperature),
+            "top_k": str(sampling.top_k),
+            "top_p": repr(sampling.top_p),
+            "ids_sha256": hash_ids(ids),
+        }
+
+
+def hash_ids(ids: Sequence[int]) -> str:
+    """sha256 in hex of output ids, by which two clips can be told to be the same."""
+    return hashlib.sha256(np.asarray(ids, np.int64).tobytes()).hexdigest()
