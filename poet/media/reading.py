@@ -1,0 +1,304 @@
+"""Reading clips, pictures and sound. One pass over the file, frame by frame, and no further than is needed."""
+
+import logging
+import math
+from fractions import Fraction
+from pathlib import Path
+
+import av
+import numpy as np
+from av.audio.frame import AudioFrame
+from av.video.frame import VideoFrame
+from numpy.typing import NDArray
+
+from poet.errors import ConfigError, MediaError
+from poet.media.clip import Clip, exact_fps
+from poet.media.opening import DEFAULT_MAX_DURATION, OpenMedia, open_media
+from poet.media.picture import Fit, PictureFitter, check_size
+from poet.media.resampling import FrameSampler, SampleCollector, round_half_up, too_long
+
+_log = logging.getLogger(__name__)
+
+_SEEK_BEYOND = 2.0
+"""Seconds; a nearer start is reached faster by decoding than by seeking."""
+
+_LEADING_DAMAGE = 64
+"""Packets that may fail before the first good frame of a broadcast or song: such recordings begin anywhere."""
+
+_SHORT_BY = Fraction(1, 2)
+"""Seconds that may be missing at the end before a file counts as cut short; headers round and pad."""
+
+_MAX_SAMPLE_RATE = 384_000
+
+
+def read_clip(
+    path: str | Path,
+    *,
+    fps: float | Fraction | None = None,
+    height: int | None = None,
+    width: int | None = None,
+    sample_rate: int | None = None,
+    max_duration: float = DEFAULT_MAX_DURATION,
+    fit: Fit = "crop",
+    start: float = 0.0,
+    duration: float | None = None,
+    want_video: bool | None = None,
+    want_audio: bool | None = None,
+) -> Clip:
+    """Read pictures and sound in step with each other.
+
+    Frame i is the one whose presentation time is nearest to `start + i / fps`, so any source rate, also a variable
+    one, keeps its duration and its sync. Time 0 is where the earlier of the two streams begins: a picture that begins
+    later holds its first frame, sound that begins later is preceded by silence. With pictures the sound is cut or
+    filled with silence to exactly their length. Rotation and the shape of the pixels are applied, transparency stands
+    over black, channels are averaged to mono. High dynamic range is not tone-mapped and fields are not deinterlaced.
+
+    Args:
+        path: a local file.
+        fps: frames per second; None keeps the file's average rate.
+        height: rows; None keeps the file's, or follows from width.
+        width: columns; None keeps the file's, or follows from height.
+        sample_rate: samples per second; None keeps the file's.
+        max_duration: seconds that may be read at most.
+        fit: `crop` fills height x width and loses margins; `pad` keeps everything and adds black bars.
+        start: seconds to leave out at the beginning.
+        duration: seconds to read; fewer come back where the file ends earlier. None reads to the end.
+        want_video: True demands pictures, False leaves them out, None takes them where the file has them.
+        want_audio: likewise for sound.
+
+    Returns:
+        A Clip with frames (N, height, width, 3), samples (S,), or both.
+
+    Raises:
+        MediaError: the file cannot be read, is damaged or too long, or holds none of what is wanted.
+        ConfigError: an argument out of range.
+    """
+    check_size(height, width, fit)
+    rate = None if fps is None else exact_fps(fps)
+    _check_times(start, duration, max_duration)
+    if sample_rate is not None and not 0 < sample_rate <= _MAX_SAMPLE_RATE:
+        raise ConfigError(f"sample_rate must be in 1..{_MAX_SAMPLE_RATE}, got {sample_rate}. A common one is 16000.")
+    if want_video is False and want_audio is False:
+        raise ConfigError("want_video and want_audio must not both be False. Ask for one at least.")
+    begin, limit = Fraction(start), Fraction(max_duration)
+    length = None if duration is None else Fraction(duration)
+
+    with open_media(path) as media:
+        sampler, collector = None, None
+        _check_streams(media, want_video, want_audio)
+        if media.video is not None and want_video is not False:
+            fitter = PictureFitter(media.name, media.file, height, width, fit, media.video.sample_aspect_ratio)
+            sampler = FrameSampler(media.name, rate or _own_rate(media), begin, length, limit, fitter.fit)
+            length = length if length is None else sampler.covered(length)
+        if media.audio is not None and want_audio is not False:
+            own = sample_rate or media.audio.sample_rate
+            if own <= 0:
+                raise MediaError(f"{path}: its sound has no sample rate. Convert the file to WAV first.")
+            collector = SampleCollector(media.name, own, begin, length, limit)
+        if length is None and (media.container.duration or 0) / av.time_base - start > max_duration + 0.5:
+            raise too_long(media.name, limit)
+        _decode(media, sampler, collector, begin)
+        return _assemble(media, sampler, collector, begin)
+
+
+def read_image(
+    path: str | Path, height: int | None = None, width: int | None = None, fit: Fit = "crop"
+) -> NDArray[np.uint8]:
+    """Read a picture, or the first frame of a video.
+
+    Args:
+        path: a local file.
+        height: rows; None keeps the file's, or follows from width.
+        width: columns; None keeps the file's, or follows from height.
+        fit: as for `read_clip`.
+
+    Returns:
+        (height, width, 3) uint8 RGB, upright; transparency stands over black.
+
+    Raises:
+        MediaError: the file cannot be read or holds no picture.
+        ConfigError: an argument out of range.
+    """
+    check_size(height, width, fit)
+    with open_media(path) as media:
+        if media.video is None:
+            raise MediaError(f"{path}: has no picture that can be decoded. Give a PNG, JPEG or video file.")
+        fitter = PictureFitter(media.name, media.file, height, width, fit, media.video.sample_aspect_ratio)
+        for packet in media.container.demux(media.video):
+            for frame in packet.decode():
+                return fitter.fit(frame)
+        raise MediaError(f"{path}: its picture cannot be decoded. Make or download the file again.")
+
+
+def read_audio(path: str | Path, sample_rate: int, max_duration: float = DEFAULT_MAX_DURATION) -> NDArray[np.float32]:
+    """Read the sound of a sound or video file.
+
+    Args:
+        path: a local file.
+        sample_rate: samples per second of the result.
+        max_duration: seconds that may be read at most.
+
+    Returns:
+        (S,) float32 mono in [-1, 1].
+
+    Raises:
+        MediaError: the file cannot be read, is too long, or holds no sound.
+        ConfigError: an argument out of range.
+    """
+    clip = read_clip(path, sample_rate=sample_rate, max_duration=max_duration, want_video=False, want_audio=True)
+    assert clip.samples is not None
+    return clip.samples
+
+
+def _check_streams(media: OpenMedia, want_video: bool | None, want_audio: bool | None) -> None:
+    if media.video is None and (want_video or (media.audio is None and want_audio is None)):
+        raise MediaError(f"{media.name}: has no pictures that can be decoded. Give a video file or another codec.")
+    if media.audio is None and (want_audio or (media.video is None and want_video is None)):
+        raise MediaError(f"{media.name}: has no sound that can be decoded. Give a file with sound.")
+    if (media.video is None or want_video is False) and (media.audio is None or want_audio is False):
+        raise MediaError(f"{media.name}: holds nothing of what is wanted. Leave want_video and want_audio out.")
+
+
+def _check_times(start: float, duration: float | None, max_duration: float) -> None:
+    if not math.isfinite(start) or start < 0:
+        raise ConfigError(f"start must be at least 0 seconds, got {start}. Leave it out to begin at the beginning.")
+    if not math.isfinite(max_duration) or max_duration <= 0:
+        raise ConfigError(f"max_duration must be above 0 seconds, got {max_duration}. Give a finite length.")
+    if duration is not None and not 0 < duration <= max_duration:
+        raise ConfigError(
+            f"duration must be above 0 and at most max_duration ({max_duration:g} s), got {duration}. "
+            "Give a larger max_duration= to read more."
+        )
+
+
+def _own_rate(media: OpenMedia) -> Fraction:
+    assert media.video is not None
+    for rate in (media.video.average_rate, media.video.guessed_rate):
+        if rate is not None and 0 < rate <= 1000:
+            return rate
+    raise MediaError(f"{media.name}: does not say how many frames it has per second. Give fps=.")
+
+
+def _origin(media: OpenMedia) -> Fraction:
+    """Seconds, on the file's clock, at which the earlier of its two streams begins."""
+    starts = [
+        stream.start_time * stream.time_base
+        for stream in (media.video, media.audio)
+        if stream is not None and stream.start_time is not None and stream.time_base is not None
+    ]
+    return min(starts, default=Fraction(0))
+
+
+def _decode(media: OpenMedia, sampler: FrameSampler | None, collector: SampleCollector | None, begin: Fraction) -> None:
+    """Feed both sinks until they have enough or the file ends."""
+    origin = _origin(media)
+    # Only these carry an index that makes a seek land on a key frame before the place asked for.
+    if begin > _SEEK_BEYOND and sampler is not None and media.has_format("mov", "matroska"):
+        media.container.seek(int((origin + begin) * av.time_base))
+    streams = [media.video] if sampler is not None else []
+    wanted = [*streams, media.audio] if collector is not None else streams
+    frame_length = 1 / sampler.fps if sampler is not None else Fraction(0)
+    is_recording = not media.is_image and not media.has_format("mov", "matroska", "gif", "wav", "avi")
+    last: dict[int, Fraction] = {}
+    damage: dict[int, int] = {}
+    for packet in media.container.demux(*wanted):
+        index = packet.stream.index
+        sink = sampler if media.video is not None and index == media.video.index else collector
+        if (sampler is None or sampler.is_done) and (collector is None or collector.is_done):
+            return
+        if sink is None or sink.is_done:
+            continue
+        try:
+            frames = packet.decode()
+        except av.FFmpegError as error:
+            damage[index] = damage.get(index, 0) + 1
+            if not is_recording or index in last or damage[index] > _LEADING_DAMAGE:
+                raise _damaged(media.name, last.get(index)) from error
+            continue
+        if frames and index in damage and index not in last:
+            _log.warning("%s: skipped %d packets before the first good one", media.name, damage[index])
+        for frame in frames:
+            if isinstance(frame, VideoFrame) and sampler is not None:
+                shown = _time(frame, origin)
+                shown = shown if shown is not None else last.get(index, Fraction(0))
+                lasts = frame.duration * frame.time_base if frame.duration and frame.time_base else frame_length
+                sampler.add(frame, shown, lasts)
+                last[index] = shown + lasts
+            elif isinstance(frame, AudioFrame) and collector is not None:
+                collector.add(frame, _time(frame, origin))
+                last[index] = collector.end or Fraction(0)
+    if any(index not in last for index in damage):
+        raise _damaged(media.name, None)
+    _check_whole(media, sampler, collector, origin)
+
+
+def _damaged(name: str, place: Fraction | None) -> MediaError:
+    if place is None:
+        return MediaError(f"{name}: nothing in it can be decoded, it is damaged or encrypted. Make it again.")
+    return MediaError(
+        f"{name}: is damaged or cut short at {float(place):.2f} s. "
+        "Make or download it again, or give duration= to stop before that place."
+    )
+
+
+def _time(frame: VideoFrame | AudioFrame, origin: Fraction) -> Fraction | None:
+    return None if frame.pts is None or frame.time_base is None else frame.pts * frame.time_base - origin
+
+
+def _check_whole(
+    media: OpenMedia, sampler: FrameSampler | None, collector: SampleCollector | None, origin: Fraction
+) -> None:
+    """Refuse a file that ended earlier than its header promised, where headers of that format can be trusted."""
+    reached = [(media.video, sampler.end)] if sampler is not None else []
+    ends = [*reached, (media.audio, collector.end)] if collector is not None else reached
+    if media.has_format("mov"):
+        for stream, end in ends:
+            if stream is not None and stream.duration and stream.time_base and stream.start_time is not None:
+                stated = (stream.start_time + stream.duration) * stream.time_base - origin
+                _refuse_short(media.name, end, stated)
+        return
+    # The container's length covers all streams, so it binds only where all of them were read to their ends.
+    is_trusted = media.has_format("matroska") or (media.has_format("mp3") and _has_length_tag(media))
+    if is_trusted and media.container.duration and len(ends) == len(media.container.streams):
+        stated = Fraction(media.container.duration, av.time_base)
+        _refuse_short(media.name, max((end for _, end in ends if end is not None), default=None), stated)
+
+
+def _refuse_short(name: str, end: Fraction | None, stated: Fraction) -> None:
+    reached = end if end is not None else Fraction(0)
+    if reached < stated - max(_SHORT_BY, stated / 50):
+        raise MediaError(
+            f"{name}: is cut short, it ends at {float(reached):.2f} s instead of {float(stated):.2f} s. "
+            "Make or download it again, or give duration= to read a part."
+        )
+
+
+def _has_length_tag(media: OpenMedia) -> bool:
+    """Whether an MP3 file carries the tag that states its length; otherwise ffmpeg only guesses it."""
+    media.file.seek(0)
+    head = media.file.read(1 << 16)
+    return b"Xing" in head or b"Info" in head
+
+
+def _assemble(
+    media: OpenMedia, sampler: FrameSampler | None, collector: SampleCollector | None, begin: Fraction
+) -> Clip:
+    frames = sampler.finish() if sampler is not None else None
+    count, end = None, None
+    if collector is not None:
+        if frames is not None and sampler is not None:
+            count = round_half_up(len(frames) / sampler.fps * collector.sample_rate)
+        stream = media.audio
+        if media.has_format("mov") and stream is not None and stream.duration and stream.time_base:
+            end = ((stream.start_time or 0) + stream.duration) * stream.time_base - _origin(media)
+    samples = collector.finish(count, end) if collector is not None else None
+    if frames is not None and samples is None and collector is not None and count is not None:
+        samples = np.zeros(count, np.float32)
+    if (sampler is not None and frames is None) or (frames is None and samples is None):
+        raise MediaError(f"{media.name}: holds nothing at or after {float(begin):g} s. Give an earlier start.")
+    return Clip(
+        frames=frames,
+        fps=float(sampler.fps) if sampler is not None else 0.0,
+        samples=samples,
+        sample_rate=collector.sample_rate if collector is not None else 0,
+    )
