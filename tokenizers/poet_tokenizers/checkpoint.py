@@ -1,0 +1,161 @@
+"""The directory form of a tokenizer: `config.json` beside plain tensors or a model file, and the checksum between them.
+
+`config.json` holds "kind" (which class reads the directory), "config" (that class's settings) and "spec" (what the
+shared vocabulary relies on, checksum included). No pickle is ever read. Knows files, never what a tokenizer computes.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from collections.abc import Mapping
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, Final
+
+from poet_tokenizers.errors import CheckpointError
+
+if TYPE_CHECKING:
+    from torch import Tensor, nn
+
+__all__ = [
+    "CONFIG_FILE",
+    "WEIGHTS_FILE",
+    "check_spec",
+    "load_strictly",
+    "read_description",
+    "read_tensors",
+    "weights_checksum",
+    "write_description",
+    "write_tensors",
+]
+
+CONFIG_FILE: Final = "config.json"
+WEIGHTS_FILE: Final = "model.safetensors"
+
+
+def weights_checksum(tensors: Mapping[str, Tensor]) -> str:
+    """sha256 in hex over names, dtypes, shapes and bytes of the tensors, in the order of their names.
+
+    The bytes are those of the contiguous tensor on the CPU, so neither the device, the memory layout nor the order in
+    which a file lists its tensors changes the sum; any changed weight does.
+    """
+    import torch
+
+    digest = hashlib.sha256()
+    for name in sorted(tensors):
+        tensor = tensors[name].detach().to("cpu").contiguous()
+        header = json.dumps([name, str(tensor.dtype).removeprefix("torch."), list(tensor.shape)])
+        digest.update(header.encode())
+        digest.update(tensor.reshape(-1).view(torch.uint8).numpy().tobytes())
+    return digest.hexdigest()
+
+
+def write_description(directory: Path, kind: str, config: Mapping[str, Any], spec: Mapping[str, Any]) -> None:
+    """Write `config.json`; makes the directory if need be."""
+    directory.mkdir(parents=True, exist_ok=True)
+    description = {"kind": kind, "config": dict(config), "spec": dict(spec)}
+    (directory / CONFIG_FILE).write_text(json.dumps(description, indent=2) + "\n", encoding="utf-8")
+
+
+def read_description(directory: Path, kind: str | None = None) -> dict[str, Any]:
+    """Read `config.json` and check its three parts.
+
+    Args:
+        directory: a directory that a tokenizer's `save` wrote.
+        kind: the kind that the caller can read; None for any.
+
+    Raises:
+        CheckpointError: the file is missing, is not such a description, or describes another kind.
+    """
+    file = directory / CONFIG_FILE
+    try:
+        description = json.loads(file.read_text(encoding="utf-8"))
+    except FileNotFoundError:
+        raise CheckpointError(
+            f"{file} must describe a tokenizer, but there is no such file. "
+            f"Name a directory that a tokenizer's save() wrote."
+        ) from None
+    except (OSError, ValueError) as error:
+        raise CheckpointError(
+            f"{file} must be readable JSON: {error}. Copy the tokenizer's directory again."
+        ) from error
+    if not isinstance(description, dict) or not isinstance(description.get("kind"), str):
+        raise CheckpointError(f'{file} must be a JSON object with a "kind". It is not a tokenizer\'s description.')
+    for part in ("config", "spec"):
+        if not isinstance(description.get(part), dict):
+            raise CheckpointError(f'{file} must hold an object "{part}". Save the tokenizer again with save().')
+    if kind is not None and description["kind"] != kind:
+        raise CheckpointError(
+            f'{file} must be of kind "{kind}", it is of kind "{description["kind"]}". '
+            f"Load it with poet_tokenizers.loading, which picks the class by kind."
+        )
+    return description
+
+
+def write_tensors(directory: Path, tensors: Mapping[str, Tensor]) -> None:
+    """Write `model.safetensors`; makes the directory if need be."""
+    from safetensors.torch import save_file
+
+    directory.mkdir(parents=True, exist_ok=True)
+    save_file(
+        {name: tensor.detach().to("cpu").clone().contiguous() for name, tensor in tensors.items()},
+        directory / WEIGHTS_FILE,
+    )
+
+
+def read_tensors(directory: Path) -> dict[str, Tensor]:
+    """Read `model.safetensors`, on the CPU.
+
+    Raises:
+        CheckpointError: the file is missing or damaged.
+    """
+    from safetensors import SafetensorError
+    from safetensors.torch import load_file
+
+    file = directory / WEIGHTS_FILE
+    if not file.is_file():
+        raise CheckpointError(f"{file} must hold the tokenizer's weights, but there is no such file. Copy it again.")
+    try:
+        return load_file(file)
+    except (SafetensorError, OSError) as error:
+        raise CheckpointError(f"{file} must be a whole safetensors file: {error}. Copy it again.") from error
+
+
+def load_strictly(module: nn.Module, tensors: Mapping[str, Tensor], expected: Mapping[str, Tensor], file: Path) -> None:
+    """Copy `tensors` into the parameters and buffers of `module` named in `expected`, one for one.
+
+    Raises:
+        CheckpointError: a tensor is missing, unexpected or of another shape.
+    """
+    missing, unexpected = sorted(expected.keys() - tensors.keys()), sorted(tensors.keys() - expected.keys())
+    if missing or unexpected:
+        raise CheckpointError(
+            f"{file} must hold exactly the {len(expected)} tensors of {type(module).__name__}; missing: "
+            f"{_some(missing)}; unexpected: {_some(unexpected)}. It belongs to another configuration or class."
+        )
+    for name, tensor in expected.items():
+        if tensors[name].shape != tensor.shape:
+            raise CheckpointError(
+                f"{file}: {name} must be of shape {tuple(tensor.shape)}, it is {tuple(tensors[name].shape)}. "
+                f"The weights belong to another configuration."
+            )
+    module.load_state_dict(dict(tensors), strict=False)
+
+
+def check_spec(directory: Path, written: Mapping[str, Any], computed: Mapping[str, Any]) -> None:
+    """Compare the spec in `config.json` with the one that configuration and weights really have.
+
+    Raises:
+        CheckpointError: they differ; a differing checksum means that the weights are not those that were saved.
+    """
+    differing = [key for key in {**computed, **written} if written.get(key) != computed.get(key)]
+    if differing:
+        found = ", ".join(f"{key} {written.get(key)!r} instead of {computed.get(key)!r}" for key in differing)
+        raise CheckpointError(
+            f"{directory}: {CONFIG_FILE} must describe the weights beside it; its spec says {found}. "
+            f"One of the two files was changed or damaged: copy the directory again or save the tokenizer again."
+        )
+
+
+def _some(names: list[str]) -> str:
+    return ", ".join(names[:3]) + (f" and {len(names) - 3} more" if len(names) > 3 else "") if names else "none"
