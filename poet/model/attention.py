@@ -11,7 +11,7 @@ Legend: B rows, N scenes of a row, L places of a row, Q query places, K key plac
 heads, D width of a head.
 """
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import NamedTuple
 
 import torch
@@ -160,6 +160,11 @@ class SceneLayout:
         lengths = torch.full_like(prefix_lengths, scene_length)
         max_len = scene_length * prefix_lengths.shape[-1]
         return cls.from_packed(prefix_lengths, lengths, max_len, parallel=parallel, films=True)
+
+    def to(self, device: torch.device | str) -> "SceneLayout":
+        """Return the layout on another device."""
+        parts = {name: getattr(self, name).to(device) for name in ("document", "scene", "prefix", "parallel")}
+        return replace(self, **parts)
 
     def positions(self) -> Tensor:
         """Count the places of each document from 0: the rotary positions, which run on through a film.

@@ -253,17 +253,21 @@ class PoetTransformer(nn.Module):
 
 
 def initialise(model: nn.Module, config: PoetConfig) -> None:
-    """Draw all matrices from a normal distribution; those that write into the residual stream are scaled down.
-
-    The scale 1 / sqrt(2 * num_layers) keeps the stream's variance independent of depth (GPT-2's rule).
-    """
-    residual = INITIAL_DEVIATION / math.sqrt(2 * config.num_layers)
+    """Draw all matrices from a normal distribution; those that write into the residual stream are scaled down."""
     for name, parameter in model.named_parameters():
         if parameter.dim() == 1:
             nn.init.ones_(parameter)
         else:
             writes_residual = name.endswith(("o_proj.weight", "down_proj.weight"))
-            nn.init.normal_(parameter, std=residual if writes_residual else INITIAL_DEVIATION)
+            nn.init.normal_(parameter, std=residual_deviation(config) if writes_residual else INITIAL_DEVIATION)
+
+
+def residual_deviation(config: PoetConfig) -> float:
+    """Deviation of the matrices that write into the residual stream.
+
+    The scale 1 / sqrt(2 * num_layers) keeps the stream's variance independent of depth (GPT-2's rule).
+    """
+    return INITIAL_DEVIATION / math.sqrt(2 * config.num_layers)
 
 
 def _attention_dtype(x: Tensor) -> torch.dtype:

@@ -1,0 +1,103 @@
+"""Writing outputs one id after another with the reference transformer.
+
+The rows of a batch are padded on the left, so that all prefixes end at one column and all outputs advance together.
+It knows ids and grammars; it does not know codes, tasks, bundles or other engines.
+
+Legend: B rows, P columns of the longest prefix, L columns computed in one step.
+"""
+
+from collections.abc import Callable, Sequence
+
+import torch
+from torch import Tensor
+
+from poet.errors import ShapeError
+from poet.generation.sampling import SamplingConfig, build_generator, sample
+from poet.grammar import Grammar, GrammarState, max_output_length
+from poet.model.attention import SceneLayout
+from poet.model.transformer import KeyValueCache, PoetTransformer
+
+__all__ = ["write_outputs"]
+
+FILLER = 0
+"""Stands where a row has no id: left of its prefix and after its end. No place that counts ever sees it."""
+
+
+@torch.inference_mode()
+def write_outputs(
+    model: PoetTransformer,
+    prefixes: Sequence[Sequence[int]],
+    grammars: Sequence[Grammar],
+    configs: Sequence[SamplingConfig],
+    progress: Callable[[int], None] | None = None,
+) -> list[list[int]]:
+    """Write the output of each prefix, all rows in one batch.
+
+    Ids that the grammar leaves no choice about are written without asking the model; their keys and values are computed
+    together with the next id that it is asked for.
+
+    Args:
+        model: in evaluation mode.
+        prefixes: at least one id each, in [0, vocab_size).
+        grammars: what each row may write.
+        configs: how each row draws.
+        progress: called after every column with the number of ids written so far in all rows.
+
+    Returns:
+        The output ids of each row, complete in its grammar.
+
+    Raises:
+        ShapeError: there is no row, or a prefix is empty.
+    """
+    if not prefixes or not all(prefixes):
+        raise ShapeError(f"there must be one prefix or more of one id or more, got {[len(ids) for ids in prefixes]}.")
+    device, dtype = model.model.norm.weight.device, model.model.norm.weight.dtype
+    states = [GrammarState(grammar) for grammar in grammars]
+    generators = [build_generator(config) for config in configs]
+    outputs: list[list[int]] = [[] for _ in prefixes]
+    columns = _left_padded(prefixes)
+    max_len = columns.shape[1] + max(map(max_output_length, grammars))
+    layout = _layout(prefixes, max_len, device)
+    positions = layout.positions()
+    cache = KeyValueCache(model.config, len(prefixes), max_len, device, dtype)
+    while not all(state.done for state in states):
+        choosing = [row for row, state in enumerate(states) if not state.done and not _forced(state)]
+        column = [FILLER if state.done else state.low for state in states]
+        if choosing:
+            stop = cache.length + columns.shape[1]
+            hidden = model(columns.to(device), layout, positions[:, cache.length : stop], cache)
+            drawn = sample(
+                model.logits(hidden[choosing, -1]),
+                [states[row].allowed for row in choosing],
+                [configs[row] for row in choosing],
+                [generators[row] for row in choosing],
+            )
+            for row, id in zip(choosing, drawn.tolist(), strict=True):
+                column[row] = id
+            columns = columns[:, :0]
+        for state, output, id in zip(states, outputs, column, strict=True):
+            if not state.done:
+                state.advance(id)
+                output.append(id)
+        columns = torch.cat((columns, torch.tensor(column)[:, None]), 1)
+        if progress is not None:
+            progress(sum(map(len, outputs)))
+    return outputs
+
+
+def _forced(state: GrammarState) -> bool:
+    low, high, stop = state.allowed
+    return stop is None and high == low + 1
+
+
+def _left_padded(prefixes: Sequence[Sequence[int]]) -> Tensor:
+    """(B, P) int64 on the CPU."""
+    longest = max(map(len, prefixes))
+    return torch.tensor([[FILLER] * (longest - len(ids)) + list(ids) for ids in prefixes])
+
+
+def _layout(prefixes: Sequence[Sequence[int]], max_len: int, device: torch.device) -> SceneLayout:
+    """The layout of prefixes and the outputs to come: each row's ids end at the right edge."""
+    prefix_lengths = torch.tensor([len(ids) for ids in prefixes])
+    lengths = prefix_lengths + max_len - int(prefix_lengths.max())
+    return SceneLayout.from_prefix_lengths(prefix_lengths, lengths, max_len, left_padded=True).to(device)

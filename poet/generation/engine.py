@@ -1,0 +1,225 @@
+"""Who writes the ids: the request that every engine takes, the door to all engines, and the engine in plain PyTorch.
+
+An engine knows ids and grammars. It does not know codes, clips or files (`poet.generation.pipeline`).
+"""
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from importlib.metadata import EntryPoint, entry_points
+from pathlib import Path
+from types import TracebackType
+from typing import Any, Protocol, Self, runtime_checkable
+
+import torch
+
+from poet.errors import ConfigError
+from poet.generation.autoregressive import write_outputs
+from poet.generation.sampling import SamplingConfig
+from poet.grammar import Grammar, max_output_length
+from poet.model.config import PoetConfig
+from poet.model.weights import load_transformer
+
+__all__ = ["ENTRY_POINT_GROUP", "Engine", "GenerationRequest", "TorchEngine", "check_request", "load_engine"]
+
+ENTRY_POINT_GROUP = "poet.engines"
+DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16}
+
+
+@dataclass(frozen=True, kw_only=True)
+class GenerationRequest:
+    """One output to write.
+
+    Attributes:
+        prefix_ids: what the model is given, from <bos> on.
+        grammar: what the output may be.
+        sampling: how its ids are drawn.
+    """
+
+    prefix_ids: tuple[int, ...]
+    grammar: Grammar
+    sampling: SamplingConfig
+
+
+@runtime_checkable
+class Engine(Protocol):
+    """What writes outputs. Engines give the same ids for greedy requests, whatever else is written at the time."""
+
+    name: str
+
+    def generate(
+        self, requests: Sequence[GenerationRequest], progress: Callable[[int, int], None] | None = None
+    ) -> list[list[int]]:
+        """Write the outputs of all requests.
+
+        Args:
+            requests: any number.
+            progress: called again and again with the ids written and the most that there can be, over all requests.
+
+        Returns:
+            The output ids of each request, in order; each is complete in its grammar.
+
+        Raises:
+            ConfigError: a request that the model cannot take; none has been started then.
+        """
+        ...
+
+    def close(self) -> None:
+        """Release what the engine holds; closing twice does no harm."""
+        ...
+
+
+def check_request(request: GenerationRequest, config: PoetConfig, *, index: int = 0) -> None:
+    """Raise unless the model can take the request.
+
+    Args:
+        request: to be checked.
+        config: the model's.
+        index: of the request among those of one call, for the message.
+
+    Raises:
+        ConfigError: an id outside the vocabulary, or more ids than a scene holds.
+    """
+    prefix = request.prefix_ids
+    if not prefix:
+        raise ConfigError(f"request {index}: the prefix must have at least one id, got none.")
+    if min(prefix) < 0 or max(prefix) >= config.vocab_size:
+        raise ConfigError(
+            f"request {index}: prefix ids must be in [0, {config.vocab_size}), got {min(prefix)} to {max(prefix)}. "
+            "Pack the prefix with the bundle's own vocabulary."
+        )
+    for segment in request.grammar:
+        if max(segment.high - 1, segment.low if segment.stop is None else segment.stop) >= config.vocab_size:
+            raise ConfigError(
+                f"request {index}: the grammar's ids must be in [0, {config.vocab_size}), got {segment}. "
+                "Make the grammar with the bundle's own vocabulary."
+            )
+    longest = max_output_length(request.grammar)
+    if len(prefix) + longest > config.scene_length:
+        raise ConfigError(
+            f"request {index}: prefix and output must be at most {config.scene_length} ids together, got "
+            f"{len(prefix)} + {longest}. Ask for a shorter clip or a shorter text."
+        )
+
+
+class TorchEngine:
+    """Writes ids with the reference transformer: on a CPU or a GPU, without any server.
+
+    Args:
+        bundle_dir: directory with config.json and model.safetensors.
+        device: "cpu", "cuda", "cuda:1", ...
+        dtype: "float32" or "bfloat16".
+        max_batch_size: requests that are written at once; those of like length go together.
+
+    Raises:
+        CheckpointError: the directory holds no sound model.
+        ConfigError: an option that cannot be used.
+    """
+
+    name = "torch"
+
+    def __init__(
+        self, bundle_dir: str | Path, *, device: str = "cpu", dtype: str = "float32", max_batch_size: int = 16
+    ) -> None:
+        if dtype not in DTYPES:
+            raise ConfigError(f"dtype must be one of {', '.join(DTYPES)}, got {dtype!r}.")
+        if max_batch_size < 1:
+            raise ConfigError(f"max_batch_size must be at least 1, got {max_batch_size}.")
+        try:
+            kind = torch.device(device)
+        except RuntimeError as error:
+            raise ConfigError(f"device must be one that PyTorch knows, such as cpu or cuda, got {device!r}.") from error
+        if kind.type == "cuda" and not torch.cuda.is_available():
+            raise ConfigError(f"device must be cpu where there is no GPU, got {device!r}.")
+        self._model = load_transformer(bundle_dir, device=kind, dtype=DTYPES[dtype])
+        self._max_batch_size = max_batch_size
+        self._closed = False
+
+    def generate(
+        self, requests: Sequence[GenerationRequest], progress: Callable[[int, int], None] | None = None
+    ) -> list[list[int]]:
+        """Write the outputs of all requests; see `Engine.generate`."""
+        if self._closed:
+            raise ConfigError("the engine must be open to generate; it was closed.")
+        for index, request in enumerate(requests):
+            check_request(request, self._model.config, index=index)
+        longest = [max_output_length(request.grammar) for request in requests]
+        order = sorted(range(len(requests)), key=lambda index: (longest[index], len(requests[index].prefix_ids)))
+        outputs: list[list[int]] = [[] for _ in requests]
+        total, before = sum(longest), 0
+        for start in range(0, len(order), self._max_batch_size):
+            batch = order[start : start + self._max_batch_size]
+            written = write_outputs(
+                self._model,
+                [requests[index].prefix_ids for index in batch],
+                [requests[index].grammar for index in batch],
+                [requests[index].sampling for index in batch],
+                None if progress is None else _counting_from(before, total, progress),
+            )
+            for index, output in zip(batch, written, strict=True):
+                outputs[index] = output
+            # A text that ended early counts as written in full.
+            before += sum(longest[index] for index in batch)
+            if progress is not None:
+                progress(before, total)
+        return outputs
+
+    def close(self) -> None:
+        """Release the weights; closing twice does no harm."""
+        if not self._closed:
+            self._closed = True
+            del self._model
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        self.close()
+
+
+def load_engine(name: str, bundle_dir: str | Path, **options: Any) -> Engine:
+    """Start an engine on a bundle.
+
+    Args:
+        name: "torch", or one that an installed package names in the entry-point group `poet.engines` ("vllm").
+        bundle_dir: directory with config.json and model.safetensors.
+        **options: the engine's own, such as `device`.
+
+    Raises:
+        ConfigError: there is no such engine, a package that it needs is not installed, or it does not take an option.
+        CheckpointError: the directory holds no sound model.
+    """
+    installed = {entry.name: entry for entry in entry_points(group=ENTRY_POINT_GROUP)}
+    factory: Any = TorchEngine if name == TorchEngine.name else _factory(name, installed)
+    try:
+        engine: Engine = factory(bundle_dir, **options)
+    except ModuleNotFoundError as error:
+        raise _not_installed(name, error) from error
+    except TypeError as error:
+        # Only a call that does not fit the signature ends in this frame; anything deeper is a defect of the engine.
+        if error.__traceback__ is not None and error.__traceback__.tb_next is None:
+            raise ConfigError(f"the engine {name!r} does not take these options: {error}.") from error
+        raise
+    return engine
+
+
+def _factory(name: str, installed: dict[str, EntryPoint]) -> Any:
+    if name not in installed:
+        known = ", ".join([TorchEngine.name, *sorted(installed)])
+        raise ConfigError(f"engine must be one of {known}, got {name!r}.")
+    try:
+        return installed[name].load()
+    except ModuleNotFoundError as error:
+        raise _not_installed(name, error) from error
+
+
+def _not_installed(name: str, error: ModuleNotFoundError) -> ConfigError:
+    return ConfigError(
+        f"the engine {name!r} needs the package {error.name!r}, which is not installed. For vllm, install "
+        "Poet with its extra 'serve' (pip install 'openpoet[serve]'); or take 'torch', which is always there."
+    )
+
+
+def _counting_from(before: int, total: int, progress: Callable[[int, int], None]) -> Callable[[int], None]:
+    return lambda written: progress(before + written, total)
