@@ -214,6 +214,10 @@ class ToyboxSource:
         """The picture alone of clip `index`: (N, H, W, 3) uint8; faster where the sound is not wanted."""
         return draw_frames(self.split, self.start + index)
 
+    def caption(self, index: int) -> str:
+        """The caption alone of clip `index`."""
+        return _plan(self.split, self.start + index).caption
+
     def sound(self, index: int) -> NDArray[np.float32]:
         """The sound alone of clip `index`: (S,) float32 in [-1, 1]."""
         return draw_sound(self.split, self.start + index)
@@ -384,15 +388,18 @@ def _note(timbre: str, frequency: NDArray[np.float64]) -> NDArray[np.float64]:
         return (np.sin(phase) + 0.2 * np.sin(2 * phase)) / 1.15
     if timbre == "buzzer":
         highest = int(0.45 * SAMPLE_RATE / frequency.max())
-        return sum(np.sin(k * phase) / k for k in range(1, highest + 1)) / 1.85
+        harmonics = np.arange(1, highest + 1)[:, None]
+        return np.asarray((np.sin(harmonics * phase) / harmonics).sum(axis=0) / 1.85)
     if timbre == "bell":
         time = np.arange(len(frequency)) / SAMPLE_RATE
         partials = ((1.0, 1.0, 0.45), (2.76, 0.55, 0.3), (5.40, 0.3, 0.2), (8.93, 0.15, 0.12))
         audible = [partial for partial in partials if partial[0] * frequency.max() < 0.45 * SAMPLE_RATE]
-        return sum(level * np.sin(ratio * phase) * np.exp(-time / decay) for ratio, level, decay in audible) / 2.0
+        struck = [level * np.sin(ratio * phase) * np.exp(-time / decay) for ratio, level, decay in audible]
+        return np.sum(struck, axis=0) / 2.0
     pluck = _pluck(round(_OVERSAMPLING * SAMPLE_RATE / float(np.exp(np.log(frequency).mean()))))
     position = cycles * pluck.period
-    return np.interp(position, np.arange(len(pluck.samples)), pluck.samples)
+    note: NDArray[np.float64] = np.interp(position, np.arange(len(pluck.samples)), pluck.samples)
+    return note
 
 
 @dataclasses.dataclass(frozen=True)

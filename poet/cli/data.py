@@ -1,0 +1,96 @@
+"""`poet encode` (clips to token shards) and `poet reconstruct` (a file through the tokenizers and back)."""
+
+from __future__ import annotations
+
+import os
+import time
+from pathlib import Path
+from typing import Annotated, Any
+
+import typer
+
+from poet.cli.output import note, progress, show_result
+
+__all__ = ["encode", "reconstruct"]
+
+
+def encode(
+    source: Annotated[str, typer.Argument(help="toybox:SPLIT, a folder of clips, or a .jsonl or .csv manifest.")],
+    output: Annotated[Path, typer.Option("-o", "--output", help="Directory of the shards; a begun one is finished.")],
+    model: Annotated[Path | None, typer.Option(help="A bundle, or tokenizers and vocabulary alone.")] = None,
+    count: Annotated[int | None, typer.Option(min=1, help="Clips to encode; all when left out.")] = None,
+    start: Annotated[int, typer.Option(min=0, help="Number of the first clip.")] = 0,
+    shard_size: Annotated[int, typer.Option(min=1, help="Clips a file.")] = 1000,
+    device: Annotated[str, typer.Option(help="cpu or cuda.")] = "cpu",
+    json: Annotated[bool, typer.Option("--json", help="Print the result as one JSON object.")] = False,
+) -> None:
+    """Turn clips into token shards for training. The same command goes on where an earlier one was stopped."""
+    from poet.bundle import Bundle, default_bundle
+    from poet.data.clips import open_source
+    from poet.data.encode import encode_source
+
+    bundle = Bundle.open(default_bundle() if model is None else model, require_model=False)
+    size = bundle.generation_config
+    clips = open_source(
+        source,
+        count=count,
+        start=start,
+        fps=size.fps,
+        height=size.height,
+        width=size.width,
+        num_frames=size.num_frames,
+        sample_rate=bundle.vocabulary.sample_rate,
+    )
+    with progress("encoding") as advance:
+        report = encode_source(
+            clips,
+            bundle,
+            output,
+            shard_size=shard_size,
+            device=device,
+            num_processes=max(0, (os.cpu_count() or 1) - 1),
+            progress=lambda done, total: advance(done, total, ""),
+        )
+    for key, reason in report.skipped:
+        note(f"skipped {key}: {reason}")
+    show_result(
+        {
+            "directory": str(output),
+            "clips": report.num_clips,
+            "of_an_earlier_run": report.num_resumed,
+            "shards": report.num_shards,
+            "skipped": len(report.skipped),
+            "seconds": round(report.seconds, 1),
+        },
+        json,
+    )
+
+
+def reconstruct(
+    source: Annotated[Path, typer.Argument(help="A video, picture or sound file.")],
+    output: Annotated[Path, typer.Option("-o", "--output", help="The file to write.")],
+    model: Annotated[Path | None, typer.Option(help="A bundle; the shipped one when left out.")] = None,
+    fps: Annotated[float | None, typer.Option(help="Frames per second; the file's own when left out.")] = None,
+    height: Annotated[int | None, typer.Option(help="Pixels; the file's own when left out.")] = None,
+    width: Annotated[int | None, typer.Option(help="Pixels; the file's own when left out.")] = None,
+    max_duration: Annotated[float, typer.Option(help="Seconds that may be read at most.")] = 60.0,
+    device: Annotated[str, typer.Option(help="cpu or cuda.")] = "cpu",
+    json: Annotated[bool, typer.Option("--json", help="Print the result as one JSON object.")] = False,
+) -> None:
+    """Send a file through the tokenizers and back, to see and hear what they keep."""
+    started = time.monotonic()
+    from poet.bundle import Bundle, default_bundle
+    from poet.evaluation.roundtrip import reconstruct_clip
+    from poet.media import read_clip, write_clip
+
+    bundle = Bundle.open(default_bundle() if model is None else model, require_model=False)
+    rate = bundle.vocabulary.sample_rate
+    clip = read_clip(source, fps=fps, height=height, width=width, sample_rate=rate, max_duration=max_duration)
+    video = bundle.load_video_tokenizer(device) if clip.frames is not None else None
+    audio = bundle.load_audio_tokenizer(device) if clip.samples is not None else None
+    with progress("reconstructing frames") as advance:
+        result = reconstruct_clip(clip, video, audio, progress=lambda done, total: advance(done, total, ""))
+    facts = {"generator": "Poet", "machine_made": "yes", "reconstruction_of": source.name}
+    write_clip(result.clip, output, metadata=facts | {"fingerprint": bundle.fingerprint})
+    shown: dict[str, Any] = {"file": str(output), "duration": round(result.clip.duration, 3), **result.measures}
+    show_result({**shown, "seconds": round(time.monotonic() - started, 1)}, json)

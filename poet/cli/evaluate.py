@@ -1,0 +1,56 @@
+"""`poet evaluate`: how well a bundle does what it was told, measured."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+from poet.cli.output import progress, show_result
+from poet.errors import ConfigError
+
+__all__ = ["evaluate"]
+
+
+def evaluate(
+    model: Annotated[Path | None, typer.Argument(help="A bundle; the shipped one when left out.")] = None,
+    output: Annotated[Path, typer.Option("-o", "--output", help="Directory of the report.")] = Path("evaluation"),
+    what: Annotated[str, typer.Option(help="generation, or reconstruction (the tokenizers alone).")] = "generation",
+    split: Annotated[list[str], typer.Option(help="A split of clips; repeatable.")] = ["seen", "unseen"],  # noqa: B006
+    count: Annotated[int, typer.Option(min=1, help="Clips a split.")] = 200,
+    start: Annotated[int, typer.Option(min=0, help="Number of the first clip of each split.")] = 0,
+    task: Annotated[str, typer.Option(help="The task to evaluate.")] = "text_to_video_audio",
+    seed: Annotated[int, typer.Option(help="Of the first clip; counted up.")] = 0,
+    temperature: Annotated[float | None, typer.Option(help="The bundle's own when left out.")] = None,
+    top_k: Annotated[int | None, typer.Option(help="The bundle's own when left out.")] = None,
+    top_p: Annotated[float | None, typer.Option(help="The bundle's own when left out.")] = None,
+    engine: Annotated[str, typer.Option(help="vllm, or torch (the reference).")] = "vllm",
+    json: Annotated[bool, typer.Option("--json", help="Print the result as one JSON object.")] = False,
+) -> None:
+    """Generate clips for captions of drawn clips and judge them, or send drawn clips through the tokenizers."""
+    from poet.bundle import Bundle, default_bundle
+    from poet.evaluation import measure
+
+    bundle = Bundle.open(default_bundle() if model is None else model, require_model=what == "generation")
+    if what == "reconstruction":
+        with progress("reconstructing clips") as advance:
+            results = measure.reconstruction(bundle, split, count, start, output, progress=advance)
+    elif what == "generation":
+        sampling = {"temperature": temperature, "top_k": top_k, "top_p": top_p}
+        with progress("evaluating") as advance:
+            results = measure.generation(
+                bundle,
+                split,
+                count,
+                start,
+                output,
+                task=task,
+                seed=seed,
+                engine=engine,
+                sampling=sampling,
+                progress=advance,
+            )
+    else:
+        raise ConfigError(f"--what must be generation or reconstruction, got {what!r}.")
+    show_result(results, json)

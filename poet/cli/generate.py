@@ -1,0 +1,205 @@
+"""`poet generate`: a prompt, an image or a clip to a file. Parses and reads; the pipeline does the work."""
+
+from __future__ import annotations
+
+import dataclasses
+import time
+from pathlib import Path
+from typing import Annotated, Any
+
+import typer
+
+from poet.cli.output import note, progress, show_result
+from poet.errors import ConfigError
+
+__all__ = ["generate"]
+
+SUFFIXES = {"image": ".png", "audio": ".wav"}
+
+
+def generate(
+    prompt: Annotated[str | None, typer.Argument(help="What to show and let be heard.")] = None,
+    output: Annotated[
+        Path | None, typer.Option("-o", "--output", help="The file to write; its suffix says how.")
+    ] = None,
+    task: Annotated[str | None, typer.Option(help="A task's name; found from what is given when left out.")] = None,
+    image: Annotated[Path | None, typer.Option(help="A picture to set in motion.")] = None,
+    video: Annotated[Path | None, typer.Option(help="A clip to go on from.")] = None,
+    audio: Annotated[Path | None, typer.Option(help="A sound.")] = None,
+    model: Annotated[Path | None, typer.Option(help="A bundle; the shipped one when left out.")] = None,
+    seed: Annotated[int | None, typer.Option(help="Same seed, same clip; drawn when left out.")] = None,
+    temperature: Annotated[float | None, typer.Option(help="0 takes the likeliest id.")] = None,
+    top_k: Annotated[int | None, typer.Option(help="Draw from so many of the likeliest ids; 0 is all.")] = None,
+    top_p: Annotated[float | None, typer.Option(help="Draw from the likeliest ids of this total probability.")] = None,
+    engine: Annotated[str, typer.Option(help="vllm, or torch (the reference).")] = "vllm",
+    num_samples: Annotated[int, typer.Option(min=1, help="Clips to write, with seeds counted up.")] = 1,
+    like: Annotated[Path | None, typer.Option(help="Make this clip again, from its metadata.")] = None,
+    metadata: Annotated[bool, typer.Option(help="Write into the file what made it.")] = True,
+    json: Annotated[bool, typer.Option("--json", help="Print the result as one JSON object.")] = False,
+) -> None:
+    """Write a clip from a text, an image, a clip, a sound, or nothing."""
+    started = time.monotonic()
+    from poet.bundle import Bundle, default_bundle
+    from poet.generation.engine import load_engine
+    from poet.generation.pipeline import ClipRequest, Pipeline
+    from poet.generation.sampling import SamplingConfig
+    from poet.media import write_clip
+    from poet.tasks import get_task
+
+    bundle = Bundle.open(default_bundle() if model is None else model)
+    settings = _Settings.of(prompt, task, image, video, audio, seed, temperature, top_k, top_p)
+    if like is not None:
+        settings = _settings_like(like, settings, bundle.fingerprint)
+    defaults = bundle.generation_config
+    chosen = settings.task or _guess_task(settings)
+    row = get_task(chosen)
+    targets = _targets(output, num_samples, SUFFIXES.get(row.outputs, ".mp4"), text=row.writes_text)
+    given = _read_given(settings, bundle, row)
+    first_seed = settings.seed if settings.seed is not None else _new_seed()
+    requests = [
+        ClipRequest(
+            task=chosen,
+            text=settings.prompt,
+            clip=given,
+            sampling=SamplingConfig(
+                temperature=defaults.temperature if settings.temperature is None else settings.temperature,
+                top_k=defaults.top_k if settings.top_k is None else settings.top_k,
+                top_p=defaults.top_p if settings.top_p is None else settings.top_p,
+                seed=first_seed + number,
+            ),
+        )
+        for number in range(num_samples)
+    ]
+    note(f"starting {engine} on {bundle.path}")
+    writer = load_engine(engine, bundle.path)
+    try:
+        pipeline = Pipeline(bundle, writer)
+        loaded = time.monotonic()
+        with progress("writing ids") as advance:
+            clips = pipeline.generate(requests, lambda done, total: advance(done, total, ""))
+    finally:
+        writer.close()
+    written = time.monotonic()
+    results: list[dict[str, Any]] = []
+    for clip, target in zip(clips, targets, strict=True):
+        facts = clip.metadata | settings.sources()
+        if clip.clip is None:
+            results.append({"text": clip.text, **facts})
+            continue
+        write_clip(clip.clip, target, metadata=facts if metadata else None)
+        results.append({"file": str(target), "seconds": round(clip.clip.duration, 3), **facts})
+    timing = {"start": round(loaded - started, 2), "writing": round(written - loaded, 2)}
+    result: dict[str, Any] = {**results[0]} if num_samples == 1 else {"clips": results}
+    show_result({**result, "timing": timing}, json)
+
+
+@dataclasses.dataclass(frozen=True)
+class _Settings:
+    prompt: str | None
+    task: str | None
+    image: Path | None
+    video: Path | None
+    audio: Path | None
+    seed: int | None
+    temperature: float | None
+    top_k: int | None
+    top_p: float | None
+
+    @classmethod
+    def of(cls, *values: Any) -> _Settings:
+        settings = cls(*values)
+        if settings.image is not None and settings.video is not None:
+            raise ConfigError("give --image or --video, not both: either one is what the clip goes on from.")
+        return settings
+
+    def sources(self) -> dict[str, str]:
+        """The files that were given, as they are found again."""
+        files = {"image": self.image, "video": self.video, "audio": self.audio}
+        return {f"given_{name}": str(path.resolve()) for name, path in files.items() if path is not None}
+
+
+def _settings_like(path: Path, asked: _Settings, fingerprint: str) -> _Settings:
+    """The settings that a clip's metadata holds; whatever the command line says goes before them."""
+    from poet.media import probe
+
+    facts = probe(path).metadata
+    if "task" not in facts or "seed" not in facts:
+        raise ConfigError(f"{path} does not say what made it: Poet wrote no metadata into it, or it was removed since.")
+    if facts.get("fingerprint") != fingerprint:
+        raise ConfigError(
+            f"{path} was made with the bundle {facts.get('bundle')} ({facts.get('fingerprint', '')[:12]}), "
+            f"this one has the fingerprint {fingerprint[:12]}. Name that bundle with --model."
+        )
+    made = _Settings(
+        prompt=facts["prompt"] or None,
+        task=facts["task"],
+        image=Path(facts["given_image"]) if "given_image" in facts else None,
+        video=Path(facts["given_video"]) if "given_video" in facts else None,
+        audio=Path(facts["given_audio"]) if "given_audio" in facts else None,
+        seed=int(facts["seed"]),
+        temperature=float(facts["temperature"]),
+        top_k=int(facts["top_k"]),
+        top_p=float(facts["top_p"]),
+    )
+    said = {name: value for name, value in dataclasses.asdict(asked).items() if value is not None}
+    return dataclasses.replace(made, **said)
+
+
+def _guess_task(settings: _Settings) -> str:
+    if settings.image is not None:
+        return "image_to_video"
+    if settings.video is not None:
+        return "video_continuation"
+    if settings.audio is not None:
+        return "audio_to_video"
+    return "unconditional" if settings.prompt is None else "text_to_video_audio"
+
+
+def _targets(output: Path | None, num_samples: int, suffix: str, *, text: bool) -> list[Path]:
+    """One file a sample: clip.mp4, or clip-1.mp4, clip-2.mp4 and so on. Names that cannot be written are refused now."""
+    from poet.media import WRITABLE_SUFFIXES
+
+    path = Path(f"clip{suffix}") if output is None else output
+    if not text:
+        if path.suffix.lower() not in WRITABLE_SUFFIXES:
+            raise ConfigError(
+                f"the output must end in one of {', '.join(sorted(WRITABLE_SUFFIXES))}, got {path.name!r}."
+            )
+        if not path.parent.is_dir():
+            raise ConfigError(f"the output's folder {path.parent} does not exist. Make it first.")
+    if num_samples == 1:
+        return [path]
+    return [path.with_name(f"{path.stem}-{number}{path.suffix}") for number in range(1, num_samples + 1)]
+
+
+def _read_given(settings: _Settings, bundle: Any, task: Any) -> Any:
+    """The conditioning clip at the bundle's size and rate, or None."""
+    from poet.media import Clip, read_audio, read_clip, read_image
+
+    size = bundle.generation_config
+    rate = bundle.vocabulary.sample_rate
+    clip = None
+    if settings.image is not None:
+        picture = read_image(settings.image, height=size.height, width=size.width)
+        clip = Clip(frames=picture[None], fps=size.fps, samples=None, sample_rate=rate)
+    elif settings.video is not None:
+        whole = size.num_frames / size.fps if task.conditioning == "whole" else None
+        clip = read_clip(
+            settings.video,
+            fps=size.fps,
+            height=size.height,
+            width=size.width,
+            sample_rate=rate,
+            duration=whole,
+            want_video=True,
+        )
+    if settings.audio is not None:
+        sound = read_audio(settings.audio, sample_rate=rate)
+        clip = Clip(frames=None if clip is None else clip.frames, fps=size.fps, samples=sound, sample_rate=rate)
+    return clip
+
+
+def _new_seed() -> int:
+    import secrets
+
+    return secrets.randbelow(2**31)

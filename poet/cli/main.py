@@ -1,0 +1,78 @@
+"""The command line: parses, calls one function, prints one result. Commands of other packages attach as plugins."""
+
+from __future__ import annotations
+
+import os
+import sys
+
+# Spinning OpenMP threads cost a factor of ten on shared machines; it must be set before torch is imported.
+os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
+os.environ.setdefault("GOMP_SPINCOUNT", "0")
+
+from importlib.metadata import entry_points
+
+import click
+import typer
+
+from poet import __version__
+from poet.cli.data import encode, reconstruct
+from poet.cli.evaluate import evaluate
+from poet.cli.generate import generate
+from poet.cli.info import info
+from poet.cli.output import note
+from poet.cli.train import train
+from poet.errors import PoetError
+
+__all__ = ["build_app", "main"]
+
+EXIT_ERROR, EXIT_USAGE, EXIT_INTERRUPTED = 1, 2, 130
+
+
+def build_app() -> typer.Typer:
+    """All commands, those of installed packages included (entry-point group `poet.commands`)."""
+    app = typer.Typer(
+        name="poet",
+        help="Writes video with sound, from text, images, clips or nothing.",
+        no_args_is_help=True,
+        add_completion=False,
+        pretty_exceptions_enable=False,
+        rich_markup_mode=None,
+    )
+    app.callback()(_options)
+    for command in (generate, reconstruct, encode, train, evaluate, info):
+        app.command()(command)
+    for entry in sorted(entry_points(group="poet.commands"), key=lambda entry: entry.name):
+        app.command(name=entry.name)(entry.load())
+    return app
+
+
+def main(arguments: list[str] | None = None) -> int:
+    """Run one command; returns the exit code: 0 done, 1 an error of Poet, 2 wrong usage, 130 interrupted."""
+    command = typer.main.get_command(build_app())
+    try:
+        code = command.main(arguments, prog_name="poet", standalone_mode=False)
+    except PoetError as error:
+        note(f"poet: {error}")
+        return EXIT_ERROR
+    except click.UsageError as error:
+        error.show()
+        return EXIT_USAGE
+    except click.ClickException as error:
+        error.show()
+        return error.exit_code
+    except (KeyboardInterrupt, click.Abort):
+        note("poet: interrupted")
+        return EXIT_INTERRUPTED
+    return code if isinstance(code, int) else 0
+
+
+def _options(
+    version: bool = typer.Option(False, "--version", help="Print the version and stop.", is_eager=True),
+) -> None:
+    if version:
+        print(__version__)
+        raise typer.Exit
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,52 @@
+"""`poet train`: a recipe to a finished tokenizer or bundle."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Annotated, Any
+
+import typer
+
+from poet.cli.output import note, progress, show_result
+
+__all__ = ["train"]
+
+
+def train(
+    recipe: Annotated[Path, typer.Argument(help="A YAML file; recipes/ holds ours.")],
+    set_: Annotated[
+        list[str] | None, typer.Option("--set", help="key=value in place of the recipe's; repeatable.")
+    ] = None,
+    output: Annotated[
+        Path | None, typer.Option("-o", "--output", help="The run's directory; runs/NAME when left out.")
+    ] = None,
+    device: Annotated[str, typer.Option(help="cpu or cuda.")] = "cpu",
+    json: Annotated[bool, typer.Option("--json", help="Print the result as one JSON object.")] = False,
+) -> None:
+    """Train a tokenizer or a language model. The same command goes on where an earlier one was stopped."""
+    from poet.training.recipes import train as train_recipe
+
+    directory = Path("runs") / recipe.stem if output is None else output
+    with progress("training") as advance:
+
+        def report(step: int, steps: int, metrics: Mapping[str, float]) -> None:
+            advance(step, steps, ", ".join(f"{name} {metrics[name]:.4g}" for name in _shown(metrics)))
+
+        result = train_recipe(recipe, set_ or [], directory, device=device, progress=report)
+    if not result.finished:
+        note(f"stopped at step {result.step}; the same command goes on from there")
+    facts: dict[str, Any] = {
+        "directory": str(directory),
+        "step": result.step,
+        "finished": result.finished,
+        "seconds": round(result.seconds, 1),
+        "metrics": {name: round(value, 5) for name, value in result.metrics.items()},
+    }
+    if result.finished:
+        facts["export"] = str(directory / "export")
+    show_result(facts, json)
+
+
+def _shown(metrics: Mapping[str, float]) -> list[str]:
+    return [name for name in metrics if name in ("loss", "psnr", "mel_loss", "validation_loss", "validation_psnr")]

@@ -1,0 +1,152 @@
+"""From a recipe file to a finished thing: the one place that knows which trainer a recipe's `train` key names."""
+
+from __future__ import annotations
+
+import dataclasses
+import functools
+import time
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import yaml
+from numpy.typing import NDArray
+
+from poet.data.clips import ClipSource, open_source
+from poet.errors import ConfigError
+from poet.training.audio_tokenizer import AudioTokenizerRecipe, AudioTokenizerTraining
+from poet.training.config import build, read_recipe, to_plain, write_recipe
+from poet.training.language import LanguageRecipe, LanguageTraining
+from poet.training.loop import FitResult, LoopConfig, Progress, Trainable, fit
+from poet.training.text_tokenizer import TextTokenizerRecipe, train_text_tokenizer
+from poet.training.video_tokenizer import VideoTokenizerRecipe, VideoTokenizerTraining
+
+__all__ = ["KINDS", "LoopOptions", "train"]
+
+KINDS = ("video_tokenizer", "audio_tokenizer", "text_tokenizer", "language")
+RECIPE_FILE = "recipe.yaml"
+ENDLESS = 10**9  # clips of a source that is drawn
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class LoopOptions:
+    """A recipe's `loop` group: how the run is logged and saved, see `LoopConfig`."""
+
+    log_every: int = 20
+    validate_every: int = 500
+    checkpoint_seconds: float = 120.0
+
+
+def train(
+    recipe: Path,
+    overrides: Sequence[str],
+    directory: Path,
+    *,
+    device: str = "cpu",
+    progress: Progress | None = None,
+) -> FitResult:
+    """Train what a recipe names, or go on where an earlier run in `directory` stopped.
+
+    Args:
+        recipe: a YAML file.
+        overrides: "key=value" each.
+        directory: of the run: checkpoint, metrics, plot, the resolved recipe, and `export/` at the end.
+        device: "cpu" or "cuda".
+        progress: called after every step.
+
+    Raises:
+        ConfigError: the recipe cannot be used, or `directory` holds a run of another recipe.
+        CheckpointError: a checkpoint, bundle or shard that does not fit.
+    """
+    values = read_recipe(recipe, overrides)
+    kind = values.pop("train", None)
+    if kind not in KINDS:
+        raise ConfigError(f"a recipe's key 'train' must be one of {', '.join(KINDS)}, got {kind!r}.")
+    options = build(LoopOptions, values.pop("loop", {}), "loop")
+    if kind == "text_tokenizer":
+        return _train_text(build(TextTokenizerRecipe, values), directory)
+    settings, trainable = _build(kind, values, device)
+    _keep_recipe({"train": kind, **to_plain(settings)}, directory)
+    loop = LoopConfig(num_steps=settings.num_steps, **dataclasses.asdict(options))
+    return fit(trainable, loop, directory, progress=progress)
+
+
+def _build(kind: str, values: Mapping[str, Any], device: str) -> tuple[Any, Trainable]:
+    if kind == "video_tokenizer":
+        video = build(VideoTokenizerRecipe, values)
+        sources = [
+            open_source(video.source, count=video.source_clips),
+            open_source(video.validation_source, count=video.validation_clips),
+        ]
+        return video, VideoTokenizerTraining(video, _Frames(sources[0]), _Frames(sources[1]), device=device)
+    if kind == "audio_tokenizer":
+        audio = build(AudioTokenizerRecipe, values)
+        return audio, AudioTokenizerTraining(audio, _sound, device)
+    language = build(LanguageRecipe, values)
+    return language, LanguageTraining(language, device=device)
+
+
+class _Frames:
+    """The pictures of a source, by its fast path where it has one."""
+
+    def __init__(self, source: ClipSource) -> None:
+        self.source = source
+
+    def __len__(self) -> int:
+        return len(self.source)
+
+    def frames(self, index: int) -> NDArray[np.uint8]:
+        fast = getattr(self.source, "frames", None)
+        frames: NDArray[np.uint8] | None = self.source[index].clip.frames if fast is None else fast(index)
+        if frames is None:
+            raise ConfigError(f"clip {index} of {self.source.name} has no picture; leave sounds out of this source.")
+        return frames
+
+
+@functools.lru_cache(maxsize=8)
+def _open_endless(name: str) -> ClipSource:
+    return open_source(name, count=ENDLESS if ":" in name else None)
+
+
+def _sound(name: str, index: int) -> NDArray[np.float32]:
+    """The sound of clip `index` of a source, gone through in turn."""
+    source = _open_endless(name)
+    fast, place = getattr(source, "sound", None), index % len(source)
+    samples: NDArray[np.float32] | None = source[place].clip.samples if fast is None else fast(place)
+    if samples is None:
+        raise ConfigError(f"clip {place} of {name} has no sound; leave silent files out of this source.")
+    return samples
+
+
+def _caption(name: str, index: int) -> str:
+    """The caption of clip `index` of a source, gone through in turn."""
+    source = _open_endless(name)
+    fast, place = getattr(source, "caption", None), index % len(source)
+    caption: str | None = source[place].caption if fast is None else fast(place)
+    if caption is None:
+        raise ConfigError(f"clip {place} of {name} has no caption; write one beside it.")
+    return caption
+
+
+def _train_text(recipe: TextTokenizerRecipe, directory: Path) -> FitResult:
+    """Text pieces are counted in one go: there is nothing to resume."""
+    started = time.monotonic()
+    _keep_recipe({"train": "text_tokenizer", **to_plain(recipe)}, directory)
+    tokenizer = train_text_tokenizer(recipe, _caption)
+    tokenizer.save(directory / "export")
+    seconds = time.monotonic() - started
+    return FitResult(step=1, finished=True, seconds=seconds, metrics={"pieces": float(tokenizer.spec.num_pieces)})
+
+
+def _keep_recipe(resolved: Mapping[str, Any], directory: Path) -> None:
+    """Save the resolved recipe beside the run; a run goes on with the recipe that it was begun with, or not at all."""
+    directory.mkdir(parents=True, exist_ok=True)
+    file = directory / RECIPE_FILE
+    if (directory / "checkpoint.pt").exists() and file.exists():
+        begun = yaml.safe_load(file.read_text(encoding="utf-8"))
+        differing = sorted(key for key in {**begun, **resolved} if begun.get(key) != resolved.get(key))
+        if differing:
+            said = "; ".join(f"{key} was {begun.get(key)!r}, is {resolved.get(key)!r}" for key in differing)
+            raise ConfigError(f"{directory} holds a run of another recipe: {said}. Name another directory with -o.")
+    write_recipe(file, resolved)
