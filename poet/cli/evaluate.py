@@ -30,16 +30,16 @@ def evaluate(
 ) -> None:
     """Generate clips for captions of drawn clips and judge them, or send drawn clips through the tokenizers."""
     from poet.bundle import Bundle, default_bundle
-    from poet.evaluation import measure
+    from poet.evaluation.measure import generation, reconstruction
 
     bundle = Bundle.open(default_bundle() if model is None else model, require_model=what == "generation")
     if what == "reconstruction":
         with progress("reconstructing clips") as advance:
-            results = measure.reconstruction(bundle, split, count, start, output, progress=advance)
+            results = reconstruction(bundle, split, count, start, output, progress=advance)
     elif what == "generation":
         sampling = {"temperature": temperature, "top_k": top_k, "top_p": top_p}
         with progress("evaluating") as advance:
-            results = measure.generation(
+            results = generation(
                 bundle,
                 split,
                 count,

@@ -14,6 +14,7 @@ from poet.errors import ConfigError
 
 __all__ = ["generate"]
 
+DEFAULT_ENGINE = "vllm"
 SUFFIXES = {"image": ".png", "audio": ".wav"}
 
 
@@ -31,7 +32,7 @@ def generate(
     temperature: Annotated[float | None, typer.Option(help="0 takes the likeliest id.")] = None,
     top_k: Annotated[int | None, typer.Option(help="Draw from so many of the likeliest ids; 0 is all.")] = None,
     top_p: Annotated[float | None, typer.Option(help="Draw from the likeliest ids of this total probability.")] = None,
-    engine: Annotated[str, typer.Option(help="vllm, or torch (the reference).")] = "vllm",
+    engine: Annotated[str | None, typer.Option(help="vllm (the default), or torch (the reference).")] = None,
     num_samples: Annotated[int, typer.Option(min=1, help="Clips to write, with seeds counted up.")] = 1,
     like: Annotated[Path | None, typer.Option(help="Make this clip again, from its metadata.")] = None,
     metadata: Annotated[bool, typer.Option(help="Write into the file what made it.")] = True,
@@ -47,7 +48,7 @@ def generate(
     from poet.tasks import get_task
 
     bundle = Bundle.open(default_bundle() if model is None else model)
-    settings = _Settings.of(prompt, task, image, video, audio, seed, temperature, top_k, top_p)
+    settings = _Settings.of(prompt, task, image, video, audio, seed, temperature, top_k, top_p, engine)
     if like is not None:
         settings = _settings_like(like, settings, bundle.fingerprint)
     defaults = bundle.generation_config
@@ -70,8 +71,9 @@ def generate(
         )
         for number in range(num_samples)
     ]
-    note(f"starting {engine} on {bundle.path}")
-    writer = load_engine(engine, bundle.path)
+    name = settings.engine or DEFAULT_ENGINE
+    note(f"starting {name} on {bundle.path}")
+    writer = load_engine(name, bundle.path)
     try:
         pipeline = Pipeline(bundle, writer)
         loaded = time.monotonic()
@@ -104,6 +106,7 @@ class _Settings:
     temperature: float | None
     top_k: int | None
     top_p: float | None
+    engine: str | None
 
     @classmethod
     def of(cls, *values: Any) -> _Settings:
@@ -140,6 +143,7 @@ def _settings_like(path: Path, asked: _Settings, fingerprint: str) -> _Settings:
         temperature=float(facts["temperature"]),
         top_k=int(facts["top_k"]),
         top_p=float(facts["top_p"]),
+        engine=facts["engine"],
     )
     said = {name: value for name, value in dataclasses.asdict(asked).items() if value is not None}
     return dataclasses.replace(made, **said)

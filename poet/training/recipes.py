@@ -13,6 +13,7 @@ import numpy as np
 import yaml
 from numpy.typing import NDArray
 
+from poet.bundle import GenerationDefaults, create_tokenizer_bundle
 from poet.data.clips import ClipSource, open_source
 from poet.errors import ConfigError
 from poet.training.audio_tokenizer import AudioTokenizerRecipe, AudioTokenizerTraining
@@ -24,7 +25,7 @@ from poet.training.video_tokenizer import VideoTokenizerRecipe, VideoTokenizerTr
 
 __all__ = ["KINDS", "LoopOptions", "train"]
 
-KINDS = ("video_tokenizer", "audio_tokenizer", "text_tokenizer", "language")
+KINDS = ("video_tokenizer", "audio_tokenizer", "text_tokenizer", "tokenizer_bundle", "language")
 RECIPE_FILE = "recipe.yaml"
 ENDLESS = 10**9  # clips of a source that is drawn
 
@@ -36,6 +37,23 @@ class LoopOptions:
     log_every: int = 20
     validate_every: int = 500
     checkpoint_seconds: float = 120.0
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class TokenizerBundleRecipe:
+    """Three trained tokenizers that become one vocabulary.
+
+    Attributes:
+        video_tokenizer: directory that its training exported; likewise the next two.
+        resolutions: (height, width) in pixels of all clips that the vocabulary shall have an id for.
+        defaults: what a command does when it is not told otherwise.
+    """
+
+    video_tokenizer: Path
+    audio_tokenizer: Path
+    text_tokenizer: Path
+    resolutions: tuple[tuple[int, int], ...]
+    defaults: GenerationDefaults
 
 
 def train(
@@ -66,6 +84,8 @@ def train(
     options = build(LoopOptions, values.pop("loop", {}), "loop")
     if kind == "text_tokenizer":
         return _train_text(build(TextTokenizerRecipe, values), directory)
+    if kind == "tokenizer_bundle":
+        return _assemble(build(TokenizerBundleRecipe, values), directory)
     settings, trainable = _build(kind, values, device)
     _keep_recipe({"train": kind, **to_plain(settings)}, directory)
     loop = LoopConfig(num_steps=settings.num_steps, **dataclasses.asdict(options))
@@ -137,6 +157,22 @@ def _train_text(recipe: TextTokenizerRecipe, directory: Path) -> FitResult:
     tokenizer.save(directory / "export")
     seconds = time.monotonic() - started
     return FitResult(step=1, finished=True, seconds=seconds, metrics={"pieces": float(tokenizer.spec.num_pieces)})
+
+
+def _assemble(recipe: TokenizerBundleRecipe, directory: Path) -> FitResult:
+    """Lay the tokenizers side by side under one vocabulary."""
+    started = time.monotonic()
+    _keep_recipe({"train": "tokenizer_bundle", **to_plain(recipe)}, directory)
+    bundle = create_tokenizer_bundle(
+        directory / "export",
+        recipe.video_tokenizer,
+        recipe.audio_tokenizer,
+        recipe.text_tokenizer,
+        recipe.resolutions,
+        recipe.defaults,
+    )
+    metrics = {"ids": float(bundle.vocabulary.vocab_size)}
+    return FitResult(step=1, finished=True, seconds=time.monotonic() - started, metrics=metrics)
 
 
 def _keep_recipe(resolved: Mapping[str, Any], directory: Path) -> None:

@@ -1,0 +1,228 @@
+"""What `poet evaluate` does: draw clips, generate or reconstruct, judge, report. Joins parts; measures nothing itself.
+
+Toybox is the only world whose clips can be judged, so splits here are Toybox's; other judges would join beside it.
+"""
+
+from __future__ import annotations
+
+import datetime
+import platform
+import time
+from collections.abc import Callable, Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+from poet import __version__
+from poet.bundle import Bundle
+from poet.data.toybox import ToyboxClip, draw
+from poet.evaluation.judge import Verdict, judge, score
+from poet.evaluation.reconstruction import ReconstructionReport, evaluate_reconstruction
+from poet.evaluation.report import Results, SheetEntry, contact_sheet, write_report
+from poet.generation.engine import load_engine
+from poet.generation.pipeline import ClipRequest, Pipeline
+from poet.generation.sampling import SamplingConfig
+from poet.media import Clip
+from poet.tasks import Task, get_task
+
+__all__ = ["generation", "reconstruction"]
+
+Advance = Callable[[int, int, str], None]
+
+SIGHT = ("colour", "shape", "size", "background", "motion")
+SOUND = ("timbre", "pitch")
+SHOWN = 12  # clips of a split on the contact sheet
+
+
+def generation(
+    bundle: Bundle,
+    splits: Sequence[str],
+    count: int,
+    start: int,
+    output: Path,
+    *,
+    task: str,
+    seed: int,
+    engine: str,
+    sampling: Mapping[str, float | int | None],
+    progress: Advance,
+) -> dict[str, Any]:
+    """Generate a clip for the caption of each drawn clip and judge whether it is what the caption says.
+
+    Args:
+        bundle: to evaluate.
+        splits: of Toybox.
+        count: clips a split.
+        start: number of the first clip of each split.
+        output: directory of `report.json`, `report.md` and a contact sheet for each split.
+        task: its name; tasks that go on from a clip are given the drawn one.
+        seed: of the first clip; counted up.
+        engine: its name.
+        sampling: temperature, top_k and top_p; None takes the bundle's own.
+        progress: called with (done, in all, what is done).
+
+    Returns:
+        Where the report is and what it says in short.
+    """
+    row, defaults = get_task(task), bundle.generation_config
+    settings: dict[str, Any] = {
+        name: getattr(defaults, name) if value is None else value for name, value in sampling.items()
+    }
+    scores: dict[str, list[dict[str, bool]]] = {}
+    ids, seconds = 0, 0.0
+    writer = load_engine(engine, bundle.path)
+    try:
+        pipeline = Pipeline(bundle, writer)
+        for split in splits:
+            drawn = [draw(split, start + number) for number in range(count)]
+            requests = [
+                ClipRequest(
+                    task=task,
+                    text=clip.caption if "text" in row.inputs | row.optional else None,
+                    clip=_given(row, clip, pipeline),
+                    sampling=SamplingConfig(**settings, seed=seed + number),
+                )
+                for number, clip in enumerate(drawn)
+            ]
+            begun = time.monotonic()
+            made = pipeline.generate(requests, lambda done, total, split=split: progress(done, total, split))  # type: ignore[misc]
+            seconds += time.monotonic() - begun
+            ids += sum(len(clip.ids) for clip in made)
+            verdicts = [judge(clip.clip.frames, clip.clip.samples) for clip in made if clip.clip is not None]
+            scores[split] = [_marks(row, verdict, clip) for verdict, clip in zip(verdicts, drawn, strict=True)]
+            shown = [clip.clip for clip in made[:SHOWN] if clip.clip is not None]
+            _sheet(output / f"{split}.png", shown, drawn, verdicts, scores[split])
+    finally:
+        writer.close()
+    overall = {split: _overall(marks) for split, marks in scores.items()}
+    about = _about(bundle) | {"task": task, "engine": engine, **settings, "first seed": seed}
+    results = Results(
+        title=f"Clips generated for {count} captions a split",
+        about=about,
+        scores=scores,
+        measures={f"attributes right, {split}": value for split, value in overall.items()}
+        | {"ids per second": ids / seconds, "seconds per clip": seconds / (count * len(splits))},
+    )
+    report = write_report(output, results)
+    return {"report": str(output / "report.md"), "attributes_right": overall, "summary": report["summary"]}
+
+
+def reconstruction(
+    bundle: Bundle, splits: Sequence[str], count: int, start: int, output: Path, *, progress: Advance
+) -> dict[str, Any]:
+    """Send drawn clips through the tokenizers and back, and measure what is kept.
+
+    Args:
+        bundle: whose tokenizers to measure; it needs no model.
+        splits: of Toybox.
+        count: clips a split.
+        start: number of the first clip of each split.
+        output: directory of the reports, one for each split.
+        progress: called with (done, in all, what is done).
+
+    Returns:
+        Where the reports are and what they say.
+    """
+    found: dict[str, Any] = {}
+    for split in splits:
+        drawn = [draw(split, start + number) for number in range(count)]
+        report = evaluate_reconstruction(
+            ((clip.clip, clip.attributes.as_dict()) for clip in drawn),
+            bundle.video_tokenizer,
+            bundle.audio_tokenizer,
+            _judge_clip,
+            num_examples=SHOWN,
+            progress=lambda done, split=split: progress(done, count, split),  # type: ignore[misc]
+        )
+        kept = _kept(report)
+        found[split] = {**report.as_dict(), "attributes_kept": kept}
+        measures = {"psnr": report.psnr, "psnr pooled": report.psnr_pooled, "ssim": report.ssim}
+        measures |= {"mel distance": report.mel_distance, "si-snr": report.si_snr, "attributes kept": kept}
+        measures |= {f"{name} kept": agreement.share for name, agreement in report.agreement.items()}
+        if report.video_codes is not None:
+            measures |= {"video codes used": report.video_codes.used, "video perplexity": report.video_codes.perplexity}
+        for level, use in enumerate(report.audio_codes):
+            measures |= {f"audio codes used, level {level}": use.used}
+        write_report(
+            output / split,
+            Results(title=f"{count} clips of {split} through the tokenizers", about=_about(bundle), measures=measures),
+        )
+        after = [clip for _, clip in report.examples]
+        verdicts = [judge(clip.frames, clip.samples) for clip in after]
+        marks = [_all_marks(verdict, clip) for verdict, clip in zip(verdicts, drawn, strict=False)]
+        _sheet(output / f"{split}.png", after, drawn, verdicts, marks)
+    return {"report": str(output), **found}
+
+
+def _given(task: Task, drawn: ToyboxClip, pipeline: Pipeline) -> Clip | None:
+    """What a task is given of a drawn clip."""
+    reads = task.inputs | task.optional
+    frames, samples = drawn.clip.frames, drawn.clip.samples
+    if "video" not in reads and "audio" not in reads:
+        return None
+    assert frames is not None
+    if task.conditioning == "first_frame":
+        frames = frames[:1]
+    elif task.conditioning == "first_frames":
+        geometry = pipeline.geometry
+        frames = frames[: geometry.num_video_frames(task.default_condition(geometry.latent_shape[0]))]
+    return Clip(
+        frames=frames if "video" in reads else None,
+        fps=drawn.clip.fps,
+        samples=samples if "audio" in task.inputs else None,
+        sample_rate=drawn.clip.sample_rate,
+    )
+
+
+def _judge_clip(clip: Clip, truth: Mapping[str, str]) -> dict[str, bool]:
+    verdict = judge(clip.frames, clip.samples)
+    sync = {} if verdict.sync_ok is None else {"sync": verdict.sync_ok}
+    return score(verdict, truth) | sync
+
+
+def _all_marks(verdict: Verdict, drawn: ToyboxClip) -> dict[str, bool]:
+    sync = {} if verdict.sync_ok is None else {"sync": verdict.sync_ok}
+    return score(verdict, drawn.attributes.as_dict()) | sync
+
+
+def _marks(task: Task, verdict: Verdict, drawn: ToyboxClip) -> dict[str, bool]:
+    """Marks of what the task writes."""
+    wanted = (SIGHT if task.writes_video else ()) + (SOUND if task.writes_audio else ())
+    both = ("sync",) if task.writes_video and task.writes_audio else ()
+    return {name: right for name, right in _all_marks(verdict, drawn).items() if name in wanted + both}
+
+
+def _overall(scores: Sequence[Mapping[str, bool]]) -> float:
+    """Share of right marks over all attributes of all clips; sync is counted apart."""
+    marks = [right for one in scores for name, right in one.items() if name != "sync"]
+    return round(sum(marks) / len(marks), 4)
+
+
+def _kept(report: ReconstructionReport) -> float:
+    """Of the attributes that were right before, the share that still is."""
+    counted = [agreement for name, agreement in report.agreement.items() if name != "sync"]
+    return round(sum(one.after for one in counted) / max(1, sum(one.before for one in counted)), 4)
+
+
+def _sheet(
+    path: Path,
+    clips: Sequence[Clip],
+    drawn: Sequence[ToyboxClip],
+    verdicts: Sequence[Verdict],
+    marks: Sequence[Mapping[str, bool]],
+) -> None:
+    path.parent.mkdir(parents=True, exist_ok=True)
+    entries = [
+        SheetEntry(clip=clip, caption=truth.caption, said=verdict.attributes(), marks=right)
+        for clip, truth, verdict, right in zip(clips, drawn, verdicts, marks, strict=False)
+    ]
+    contact_sheet(entries, path)
+
+
+def _about(bundle: Bundle) -> dict[str, object]:
+    return {
+        "bundle": bundle.path.name,
+        "fingerprint": bundle.fingerprint[:12],
+        "version": __version__,
+        "date": datetime.datetime.now(datetime.UTC).date().isoformat(),
+        "hardware": f"{platform.machine()}, {platform.system()}",
+    }
