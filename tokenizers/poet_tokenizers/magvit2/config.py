@@ -41,8 +41,11 @@ class MagViT2Config:
     entropy_group_bits: int = 9
 
     def __post_init__(self) -> None:
-        if self.channels < 1 or self.num_res_blocks < 1 or not self.channel_multipliers:
-            raise ConfigError("channels, num_res_blocks and channel_multipliers must be positive and not empty.")
+        if min(self.channels, self.num_res_blocks, *self.channel_multipliers, 1) < 1 or not self.channel_multipliers:
+            raise ConfigError(
+                "channels, num_res_blocks and every one of channel_multipliers must be at least 1, got "
+                f"{self.channels}, {self.num_res_blocks} and {self.channel_multipliers}."
+            )
         if len(self.temporal_downsampling) != len(self.channel_multipliers) - 1:
             raise ConfigError(
                 f"temporal_downsampling must have one entry for each level after the first: "
@@ -52,9 +55,9 @@ class MagViT2Config:
             raise ConfigError(f"patch_size must be (time, size, size), all at least 1, got {self.patch_size}.")
         if not 1 <= self.num_bits <= 24:
             raise ConfigError(f"num_bits must lie in 1..24, got {self.num_bits}.")
-        if self.num_bits % self.entropy_group_bits or self.entropy_group_bits > 12:
+        if not 1 <= self.entropy_group_bits <= 12 or self.num_bits % self.entropy_group_bits:
             raise ConfigError(
-                f"entropy_group_bits must divide num_bits ({self.num_bits}) and be at most 12, "
+                f"entropy_group_bits must divide num_bits ({self.num_bits}) and lie in 1..12, "
                 f"got {self.entropy_group_bits}."
             )
 

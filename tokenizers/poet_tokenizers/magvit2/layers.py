@@ -61,7 +61,8 @@ class CausalConv3d(nn.Conv3d):
         if memory is not None:
             if not first:
                 input = torch.cat([memory.frames[id(self)], input], dim=2)
-            memory.frames[id(self)] = input[:, :, input.shape[2] - (kernel - stride) :]
+            # A copy: a view would keep the whole chunk in memory until the next one.
+            memory.frames[id(self)] = input[:, :, input.shape[2] - (kernel - stride) :].clone()
         return super().forward(input)
 
 
@@ -91,24 +92,26 @@ class AdaptiveNorm(nn.Module):
         nn.init.normal_(self.modulation.weight, std=0.02)
         nn.init.zeros_(self.modulation.bias)  # type: ignore[arg-type]
 
-    def forward(self, x: Tensor, latent: Tensor) -> Tensor:
+    def forward(self, x: Tensor, latent: Tensor, memory: Memory | None = None) -> Tensor:
         """(B, C, T, H, W) with latent (B, L, t, h, w), repeated up to x's grid, to (B, C, T, H, W)."""
+        first = memory is None or memory.first_chunk
         gain, shift = self.modulation(latent).chunk(2, dim=1)
-        return self.norm(x) * (1 + _repeat_to(gain, x)) + _repeat_to(shift, x)
+        return self.norm(x) * (1 + _repeat_to(gain, x, first)) + _repeat_to(shift, x, first)
 
 
-def _repeat_to(latent: Tensor, x: Tensor) -> Tensor:
+def _repeat_to(latent: Tensor, x: Tensor, first_chunk: bool) -> Tensor:
     """Repeat a latent grid along time and space until it has x's size. The first latent frame is a frame of its own.
 
     A grid of t latent frames stands for 1 + (t - 1) * s frames of x at the start of a clip and t * s in a later chunk.
     """
     if latent.shape[2:] == x.shape[2:]:
         return latent
-    frames = latent.shape[2]
-    time = -(-x.shape[2] // frames)
-    size = x.shape[3] // latent.shape[3]
+    frames, size = latent.shape[2], x.shape[3] // latent.shape[3]
+    time = (x.shape[2] - 1) // max(1, frames - 1) if first_chunk else x.shape[2] // frames
     latent = latent.repeat_interleave(size, dim=3).repeat_interleave(size, dim=4)
-    return latent.repeat_interleave(time, dim=2)[:, :, time * frames - x.shape[2] :]
+    if not first_chunk:
+        return latent.repeat_interleave(time, dim=2)
+    return torch.cat([latent[:, :, :1], latent[:, :, 1:].repeat_interleave(time, dim=2)], dim=2)
 
 
 class ResidualBlock(nn.Module):

@@ -20,6 +20,7 @@ from torch import Tensor, nn
 
 from poet_tokenizers.base import VideoSpec
 from poet_tokenizers.checkpoint import (
+    CONFIG_FILE,
     WEIGHTS_FILE,
     check_spec,
     load_strictly,
@@ -29,7 +30,7 @@ from poet_tokenizers.checkpoint import (
     write_description,
     write_tensors,
 )
-from poet_tokenizers.errors import ShapeError
+from poet_tokenizers.errors import CheckpointError, ConfigError, ShapeError
 from poet_tokenizers.magvit2.config import MagViT2Config
 from poet_tokenizers.magvit2.layers import (
     AdaptiveNorm,
@@ -111,8 +112,8 @@ class Decoder(nn.Module):
         for blocks in self.levels:
             assert isinstance(blocks, nn.ModuleList)
             for block in blocks:
-                x = block(x, latent) if isinstance(block, AdaptiveNorm) else block(x, memory=memory)
-        x = self.output(F.silu(self.norm(x, latent)), memory)
+                x = block(x, latent, memory) if isinstance(block, AdaptiveNorm) else block(x, memory)
+        x = self.output(F.silu(self.norm(x, latent, memory)), memory)
         return depth_to_space(x, self.patch_size, first_chunk=first)
 
 
@@ -176,11 +177,16 @@ class MagViT2(nn.Module):
             (B, 3, 1 + (T - 1) * temporal_stride, H, W) float32 in [-1, 1].
 
         Raises:
-            ShapeError: codes is not 4-dimensional or a code is out of range.
+            ShapeError: codes is not 4-dimensional or empty, a code is out of range, or size exceeds the grid.
         """
         self._check_codes(codes)
-        video = self.decoder(self.quantizer.decode(codes)).float().clamp(-1, 1)
-        return video if size is None else video[..., : size[0], : size[1]]
+        video = self.decoder(self._latent(codes)).float().clamp(-1, 1)
+        if size is None:
+            return video
+        height, width = video.shape[-2:]
+        if not (0 < size[0] <= height and 0 < size[1] <= width):
+            raise ShapeError(f"size must lie within the {height} x {width} pixels of the codes, got {size}.")
+        return video[..., : size[0], : size[1]]
 
     @torch.inference_mode()
     def encode_chunks(self, chunks: Iterable[Tensor]) -> Iterator[Tensor]:
@@ -191,10 +197,14 @@ class MagViT2(nn.Module):
 
         Yields:
             (B, t, h, w) int64 for every chunk.
+
+        Raises:
+            ShapeError: a chunk of the wrong shape, frame count or range, or of another size than the first.
         """
-        memory = Memory()
+        memory, whole = Memory(), None
         for chunk in chunks:
             self._check_video(chunk)
+            whole = _check_same_size(chunk.shape, whole)
             frames = chunk.shape[2] - (1 if memory.first_chunk else 0)
             if frames % self.config.temporal_stride or (frames == 0 and not memory.first_chunk):
                 raise ShapeError(
@@ -215,11 +225,15 @@ class MagViT2(nn.Module):
         Yields:
             (B, 3, n, H, W) float32 in [-1, 1]; n = 1 + (t - 1) * temporal_stride for the first, t * temporal_stride
             for later ones.
+
+        Raises:
+            ShapeError: a chunk that `decode` would not take, or of another size than the first.
         """
-        memory = Memory()
+        memory, whole = Memory(), None
         for chunk in chunks:
             self._check_codes(chunk)
-            video = self.decoder(self.quantizer.decode(chunk), memory).float().clamp(-1, 1)
+            whole = _check_same_size(chunk.shape, whole)
+            video = self.decoder(self._latent(chunk), memory).float().clamp(-1, 1)
             memory.first_chunk = False
             yield video
 
@@ -238,24 +252,31 @@ class MagViT2(nn.Module):
             CheckpointError: a file is missing or damaged, or the weights are not those that the spec names.
         """
         description = read_description(directory, KIND)
+        try:
+            model = cls(MagViT2Config.from_dict(description["config"]))
+        except (ConfigError, TypeError) as error:
+            raise CheckpointError(f"{directory / CONFIG_FILE}: {error}") from error
         weights = read_tensors(directory)
-        model = cls(MagViT2Config.from_dict(description["config"]))
         load_strictly(model, weights, model.state_dict(), directory / WEIGHTS_FILE)
         model._checksum = weights_checksum(weights)
         check_spec(directory, description["spec"], dataclasses.asdict(model.spec))
         return model.to(device).eval()
 
     def _pad(self, video: Tensor) -> Tensor:
-        stride = self.config.spatial_stride
+        video, stride = video.to(self.encoder.output.weight.dtype), self.config.spatial_stride
         height, width = video.shape[-2:]
         down, right = -height % stride, -width % stride
         return F.pad(video, (0, right, 0, down, 0, 0), mode="replicate") if down or right else video
+
+    def _latent(self, codes: Tensor) -> Tensor:
+        return self.quantizer.decode(codes).to(self.decoder.input.weight.dtype)
 
     @staticmethod
     def _check_video(video: Tensor) -> None:
         if video.ndim != 5 or video.shape[1] != 3 or not video.is_floating_point():
             raise ShapeError(f"video must be float (B, 3, N, H, W), got {video.dtype} {tuple(video.shape)}.")
-        if video.numel() and (float(video.min()) < -1.01 or float(video.max()) > 1.01):
+        # Put so that NaN fails as well.
+        if video.numel() and not (float(video.min()) >= -1.01 and float(video.max()) <= 1.01):
             raise ShapeError(
                 f"pixels must lie in [-1, 1], got {float(video.min()):.3g} to {float(video.max()):.3g}. "
                 "Divide bytes by 127.5 and subtract 1."
@@ -263,8 +284,17 @@ class MagViT2(nn.Module):
 
     @staticmethod
     def _check_codes(codes: Tensor) -> None:
-        if codes.ndim != 4 or codes.is_floating_point():
+        if codes.ndim != 4 or codes.is_floating_point() or 0 in codes.shape:
             raise ShapeError(
                 f"codes must be (B, T, H, W) integers, got {codes.dtype} {tuple(codes.shape)}. "
                 "Flattened codes belong to poet.sequence; call unpack() first."
             )
+
+
+def _check_same_size(shape: torch.Size, whole: torch.Size | None) -> torch.Size:
+    """Compare a chunk with the first one in everything but the time, axis -3."""
+    if whole is not None and (shape[:-3], shape[-2:]) != (whole[:-3], whole[-2:]):
+        raise ShapeError(
+            f"the chunks of a clip must be alike but for their length, got {tuple(shape)} after {tuple(whole)}."
+        )
+    return shape
