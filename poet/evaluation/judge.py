@@ -20,8 +20,9 @@ from numpy.typing import NDArray
 from poet.errors import ShapeError
 from poet.evaluation.judge_picture import UNCLEAR, Sight, look
 from poet.evaluation.judge_sound import SAMPLE_RATE, Hearing, hear
+from poet.media import Clip
 
-__all__ = ["ATTRIBUTES", "UNCLEAR", "Verdict", "judge", "score"]
+__all__ = ["ATTRIBUTES", "UNCLEAR", "Verdict", "judge", "judge_clip", "score"]
 
 Floats = NDArray[np.floating]
 
@@ -74,6 +75,14 @@ class Verdict:
     def attributes(self) -> dict[str, str]:
         """Attribute name to value, in the order of `ATTRIBUTES`."""
         return {name: getattr(self, name) for name in ATTRIBUTES}
+
+    def as_text(self) -> dict[str, str]:
+        """The attributes, and "sync" where there is one, in words for a reader."""
+        if self.sync is None:
+            return self.attributes()
+        if self.motion != "bounces":
+            return self.attributes() | {"sync": f"correlation {self.sync:.2f}"}
+        return self.attributes() | {"sync": "no notes" if math.isinf(self.sync) else f"{self.sync:.3f} s apart"}
 
 
 def judge(frames: NDArray[np.uint8] | None, samples: NDArray[np.floating] | None) -> Verdict:
@@ -132,6 +141,27 @@ def score(verdict: Verdict, attributes: Mapping[str, str]) -> dict[str, bool]:
     seen = verdict.attributes()
     silent = attributes.get("timbre") == "silent"
     return {name: seen[name] == value for name, value in attributes.items() if not (silent and name == "pitch")}
+
+
+def judge_clip(clip: Clip, attributes: Mapping[str, str]) -> dict[str, bool]:
+    """Judge a clip and score it at once; with "sync" besides, where picture and sound have to agree.
+
+    Args:
+        clip: at 8 frames a second and 16 kHz; picture or sound may be missing, and its attributes count as wrong.
+        attributes: what it should show.
+
+    Raises:
+        ShapeError: as `judge`; also for another frame or sample rate.
+    """
+    if clip.frames is not None and clip.fps != FPS:
+        raise ShapeError(f"a Toybox clip must have {FPS:g} frames a second, got {clip.fps:g}. Resample it first.")
+    if clip.samples is not None and clip.sample_rate != SAMPLE_RATE:
+        raise ShapeError(
+            f"a Toybox clip's sound must have {SAMPLE_RATE} Hz, got {clip.sample_rate}. Resample it first."
+        )
+    verdict = judge(clip.frames, clip.samples)
+    marks = score(verdict, attributes)
+    return marks if verdict.sync_ok is None else marks | {"sync": verdict.sync_ok}
 
 
 # -------------------------------------------------------------------------------------------------- picture and sound
