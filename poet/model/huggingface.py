@@ -31,7 +31,6 @@ from poet.model.transformer import (
     INITIAL_DEVIATION,
     Backbone,
     KeyValueCache,
-    Layer,
     LayerCache,
     RMSNorm,
     residual_deviation,
@@ -83,13 +82,13 @@ class PoetForCausalLM(PreTrainedModel, GenerationMixin):  # type: ignore[no-unty
     @torch.no_grad()
     def _init_weights(self, module: nn.Module) -> None:
         """Draw a module's weights as `poet.model.transformer.initialise` does; spares those that were loaded."""
-        if isinstance(module, (nn.Linear, nn.Embedding)):
-            guarded.normal_(module.weight, std=INITIAL_DEVIATION)
-        elif isinstance(module, RMSNorm):
+        if isinstance(module, RMSNorm):
             guarded.ones_(module.weight)
-        elif isinstance(module, Layer):  # after its children
-            for projection in (module.self_attn.o_proj, module.mlp.down_proj):
-                guarded.normal_(projection.weight, std=residual_deviation(self.config.poet))
+        elif isinstance(module, (nn.Linear, nn.Embedding)):
+            writers = [part for layer in self.model.layers for part in (layer.self_attn.o_proj, layer.mlp.down_proj)]
+            writes_residual = any(module is part for part in writers)
+            deviation = residual_deviation(self.config.poet) if writes_residual else INITIAL_DEVIATION
+            guarded.normal_(module.weight, std=deviation)
 
     def forward(
         self,
