@@ -26,9 +26,12 @@ SOURCE_FOLDERS = (".", "tokenizers", "serving", "conversions")
 
 
 def pip_install(*arguments: str) -> None:
-    """Install with this Python's pip, looking for nothing that the arguments do not name."""
-    command = [sys.executable, "-m", "pip", "install", "--no-deps", "--disable-pip-version-check", "--quiet"]
-    subprocess.run([*command, *arguments], check=True)
+    """Install with this Python's pip, looking for nothing that the arguments do not name.
+
+    Nothing is compiled to bytecode: Python does that for the modules it imports, and they are a small part.
+    """
+    command = [sys.executable, "-m", "pip", "install", "--no-deps", "--no-compile"]
+    subprocess.run([*command, "--disable-pip-version-check", "--quiet", *arguments], check=True)
 
 
 def check_torch() -> None:
