@@ -29,6 +29,8 @@ def evaluate(
     json: Annotated[bool, typer.Option("--json", help="Print the result as one JSON object.")] = False,
 ) -> None:
     """Generate clips for captions of drawn clips and judge them, or send drawn clips through the tokenizers."""
+    if what not in ("generation", "reconstruction"):
+        raise ConfigError(f"--what must be generation or reconstruction, got {what!r}.")
     from poet.bundle import Bundle, default_bundle
     from poet.evaluation.measure import generation, reconstruction
 
@@ -36,7 +38,7 @@ def evaluate(
     if what == "reconstruction":
         with progress("reconstructing clips") as advance:
             results = reconstruction(bundle, split, count, start, output, progress=advance)
-    elif what == "generation":
+    else:
         sampling = {"temperature": temperature, "top_k": top_k, "top_p": top_p}
         with progress("evaluating") as advance:
             results = generation(
@@ -51,6 +53,4 @@ def evaluate(
                 sampling=sampling,
                 progress=advance,
             )
-    else:
-        raise ConfigError(f"--what must be generation or reconstruction, got {what!r}.")
     show_result(results, json)

@@ -160,7 +160,7 @@ def _guess_task(settings: _Settings) -> str:
 
 
 def _targets(output: Path | None, num_samples: int, suffix: str, *, text: bool) -> list[Path]:
-    """One file a sample: clip.mp4, or clip-1.mp4, clip-2.mp4 and so on. Names that cannot be written are refused now."""
+    """One file a sample: clip.mp4, or clip-1.mp4, clip-2.mp4 ...; what cannot be written is refused at once."""
     from poet.media import WRITABLE_SUFFIXES
 
     path = Path(f"clip{suffix}") if output is None else output

@@ -9,9 +9,11 @@ import sys
 os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
 os.environ.setdefault("GOMP_SPINCOUNT", "0")
 
+import functools
+from collections.abc import Callable
 from importlib.metadata import entry_points
+from typing import Any
 
-import click
 import typer
 
 from poet import __version__
@@ -25,7 +27,7 @@ from poet.errors import PoetError
 
 __all__ = ["build_app", "main"]
 
-EXIT_ERROR, EXIT_USAGE, EXIT_INTERRUPTED = 1, 2, 130
+EXIT_ERROR, EXIT_INTERRUPTED = 1, 130
 
 
 def build_app() -> typer.Typer:
@@ -40,30 +42,36 @@ def build_app() -> typer.Typer:
     )
     app.callback()(_options)
     for command in (generate, reconstruct, encode, train, evaluate, info):
-        app.command()(command)
+        app.command()(_with_messages(command))
     for entry in sorted(entry_points(group="poet.commands"), key=lambda entry: entry.name):
-        app.command(name=entry.name)(entry.load())
+        app.command(name=entry.name)(_with_messages(entry.load()))
     return app
 
 
 def main(arguments: list[str] | None = None) -> int:
     """Run one command; returns the exit code: 0 done, 1 an error of Poet, 2 wrong usage, 130 interrupted."""
-    command = typer.main.get_command(build_app())
     try:
-        code = command.main(arguments, prog_name="poet", standalone_mode=False)
-    except PoetError as error:
-        note(f"poet: {error}")
-        return EXIT_ERROR
-    except click.UsageError as error:
-        error.show()
-        return EXIT_USAGE
-    except click.ClickException as error:
-        error.show()
-        return error.exit_code
-    except (KeyboardInterrupt, click.Abort):
-        note("poet: interrupted")
-        return EXIT_INTERRUPTED
-    return code if isinstance(code, int) else 0
+        build_app()(arguments, prog_name="poet")
+    except SystemExit as end:
+        return end.code if isinstance(end.code, int) else 0 if end.code is None else EXIT_ERROR
+    return 0
+
+
+def _with_messages(command: Callable[..., Any]) -> Callable[..., Any]:
+    """Turn errors of Poet and Ctrl-C into one line on standard error and an exit code; anything else is a defect."""
+
+    @functools.wraps(command)
+    def run(*arguments: Any, **options: Any) -> Any:
+        try:
+            return command(*arguments, **options)
+        except PoetError as error:
+            note(f"poet: {error}")
+            raise typer.Exit(EXIT_ERROR) from error
+        except KeyboardInterrupt as error:
+            note("poet: interrupted")
+            raise typer.Exit(EXIT_INTERRUPTED) from error
+
+    return run
 
 
 def _options(
