@@ -44,7 +44,11 @@ def read_recipe(path: Path, overrides: Sequence[str] = ()) -> dict[str, Any]:
 
 
 def apply_overrides(values: Mapping[str, Any], overrides: Sequence[str]) -> dict[str, Any]:
-    """A copy of `values` with each "a.b=value" put in its place."""
+    """A copy of `values` with each "a.b=value" put in its place.
+
+    Raises:
+        ConfigError: an override has no "=", its value is no YAML, or it goes through a plain value.
+    """
     result = _copy(values)
     for override in overrides:
         name, separator, text = override.partition("=")
@@ -56,7 +60,10 @@ def apply_overrides(values: Mapping[str, Any], overrides: Sequence[str]) -> dict
             place = place.setdefault(parent, {})
             if not isinstance(place, dict):
                 raise ConfigError(f"{name!r} cannot be set: {parent!r} is a plain value, not a group of keys.")
-        place[last] = yaml.safe_load(text)
+        try:
+            place[last] = yaml.safe_load(text)
+        except yaml.YAMLError as error:
+            raise ConfigError(f"the value of the override {override!r} cannot be read as YAML: {error}") from error
     return result
 
 
