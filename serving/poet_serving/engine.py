@@ -1,0 +1,295 @@
+"""Output ids from vLLM: the `vllm` engine of `poet generate`, running inside the calling process.
+
+A request that vLLM cannot serve is refused here, before it reaches vLLM: an id beyond the vocabulary would kill vLLM's
+engine for everybody, and a prompt that does not fit one step would wait for ever.
+
+vLLM usually spawns a process for its engine and one for its worker, each of which imports everything again. For one
+small model on a CPU both are loss: here they run in this process (see README.md, decision 1), so there is nothing to
+leave behind at Ctrl-C. This module knows ids and grammars; codes, clips and files belong to `poet.generation.pipeline`.
+"""
+
+import contextlib
+import gc
+import json
+import os
+import random
+import secrets
+from collections.abc import Callable, Iterator, Sequence
+from pathlib import Path
+from types import TracebackType
+from typing import Any, Self
+
+import numpy as np
+import torch
+from safetensors import SafetensorError
+
+from poet.errors import CheckpointError, ConfigError, PoetError
+from poet.generation.engine import GenerationRequest, check_request
+from poet.grammar import max_output_length
+from poet.model.config import PoetConfig
+
+__all__ = ["VLLMEngine", "check_settings"]
+
+BLOCK_SIZE = 128
+"""Ids in one page of the cache; the CPU kernels want a multiple of 32."""
+
+# What vLLM reads from the environment. The first must hold; the others are defaults that a user may set otherwise.
+_REQUIRED_ENVIRONMENT = {"VLLM_ENABLE_V1_MULTIPROCESSING": "0", "VLLM_USE_V2_MODEL_RUNNER": "0"}
+_DEFAULT_ENVIRONMENT = {
+    "OMP_WAIT_POLICY": "PASSIVE",  # threads that wait by spinning cost a factor of ten on a busy machine
+    "VLLM_LOGGING_LEVEL": "ERROR",
+    "VLLM_LOGGING_STREAM": "ext://sys.stderr",  # standard output belongs to the command's result
+    "VLLM_NO_USAGE_STATS": "1",
+}
+
+
+class VLLMEngine:
+    """Generates output ids with vLLM on the CPU; one per process at a time.
+
+    Args:
+        bundle_dir: Directory with `config.json` and `model.safetensors`.
+        dtype: "float32" (the ids of the torch engine, one for one when greedy) or "bfloat16" (faster on CPUs that have
+            it; ids may differ where two are nearly as likely).
+        max_num_seqs: Requests that are written at once; the others wait for their turn.
+        compiled: Compile the model with inductor: some 20 s more to start, a tenth more ids a second.
+        num_cache_blocks: Pages of `BLOCK_SIZE` ids in the cache; None: enough that `max_num_seqs` requests of full
+            length fit and none is ever preempted.
+
+    Raises:
+        CheckpointError: The directory holds no model.
+        ConfigError: An option that cannot be used, vLLM is not installed, or this process runs another engine.
+    """
+
+    name = "vllm"
+    _running = False
+
+    def __init__(
+        self,
+        bundle_dir: str | Path,
+        *,
+        dtype: str = "float32",
+        max_num_seqs: int = 16,
+        compiled: bool = False,
+        num_cache_blocks: int | None = None,
+    ) -> None:
+        self._vllm: Any = None
+        self._config = _read_config(Path(bundle_dir))
+        if dtype not in ("float32", "bfloat16"):
+            raise ConfigError(f"dtype must be 'float32' or 'bfloat16', got {dtype!r}.")
+        if max_num_seqs < 1:
+            raise ConfigError(f"max_num_seqs must be at least 1, got {max_num_seqs}.")
+        longest = self._config.scene_length
+        blocks_each = -(-longest // BLOCK_SIZE)
+        # One page of any pool is vLLM's own.
+        blocks = 1 + max_num_seqs * blocks_each if num_cache_blocks is None else num_cache_blocks
+        if blocks <= blocks_each:
+            raise ConfigError(
+                f"num_cache_blocks must be at least {blocks_each + 1}, so that the longest request fits, got {blocks}."
+            )
+        if VLLMEngine._running:
+            raise ConfigError("a process must run one vLLM engine at a time. Close the other one first.")
+        arguments = {
+            "model": str(bundle_dir),
+            "dtype": dtype,
+            "max_num_seqs": max_num_seqs,
+            "max_model_len": longest,
+            "max_num_batched_tokens": max(longest, 2048),
+            "block_size": BLOCK_SIZE,
+            "num_gpu_blocks_override": blocks,
+            "kv_cache_memory_bytes": blocks * self._block_bytes(dtype),
+            "enforce_eager": not compiled,
+        }
+        try:
+            self._vllm = _start(arguments)
+        except (ValueError, KeyError, RuntimeError, OSError, SafetensorError) as error:
+            if isinstance(error, PoetError):
+                raise
+            raise CheckpointError(f"vLLM cannot load the model of {bundle_dir}: {error}") from error
+        VLLMEngine._running = True
+        try:
+            check_settings(self._vllm.vllm_config)
+        except ConfigError:
+            self.close()
+            raise
+
+    def _block_bytes(self, dtype: str) -> int:
+        numbers = 2 * self._config.num_layers * self._config.num_kv_heads * self._config.head_dim * BLOCK_SIZE
+        return numbers * (4 if dtype == "float32" else 2)
+
+    def generate(
+        self, requests: Sequence[GenerationRequest], progress: Callable[[int, int], None] | None = None
+    ) -> list[list[int]]:
+        """Write the outputs of all requests, as many at once as `max_num_seqs` allows.
+
+        Args:
+            requests: Prefixes with their grammars and sampling settings.
+            progress: Called after every step with the ids written and the most that there can be, over all requests.
+
+        Returns:
+            The output ids of every request, in order; each follows its grammar to the end.
+
+        Raises:
+            ConfigError: A request that the model cannot take; no request has been started then.
+        """
+        if self._vllm is None:
+            raise ConfigError("the engine must be open to generate; it was closed.")
+        parameters = [self._parameters(index, request) for index, request in enumerate(requests)]
+        total = sum(max_output_length(request.grammar) for request in requests)
+        outputs: dict[str, list[int]] = {str(index): [] for index in range(len(requests))}
+        started: list[str] = []
+        try:
+            for request_id, request, parameter in zip(outputs, requests, parameters, strict=True):
+                prompt = {"prompt_token_ids": list(request.prefix_ids)}
+                started.append(self._vllm.add_request(request_id, prompt, parameter))
+            while self._vllm.has_unfinished_requests():
+                for change in self._vllm.step():
+                    outputs[change.request_id] += change.outputs[0].token_ids
+                if progress is not None:
+                    progress(sum(map(len, outputs.values())), total)
+        finally:
+            if self._vllm.has_unfinished_requests():  # Ctrl-C, or progress() raised: the engine stays usable
+                self._vllm.abort_request(started, internal=True)
+        return list(outputs.values())
+
+    def _parameters(self, index: int, request: GenerationRequest) -> Any:
+        """Translate a request, or refuse it."""
+        from vllm import SamplingParams
+        from vllm.sampling_params import RequestOutputKind
+
+        from poet_serving.grammar import grammar_arguments
+
+        check_request(request, self._config, index=index)
+        sampling = request.sampling
+        return SamplingParams(
+            temperature=sampling.temperature,
+            top_k=sampling.top_k,
+            top_p=sampling.top_p,
+            # Without one, vLLM would draw the same clip in every new process.
+            seed=_fold(secrets.randbits(63) if sampling.seed is None else sampling.seed),
+            ignore_eos=True,
+            detokenize=False,
+            output_kind=RequestOutputKind.DELTA,
+            **grammar_arguments(request.grammar),
+        )
+
+    def close(self) -> None:
+        """Release the model and the cache; closing twice does no harm."""
+        if self._vllm is not None:
+            self._vllm.engine_core.shutdown()
+            self._vllm = None
+            VLLMEngine._running = False
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        self.close()
+
+
+def check_settings(settings: Any) -> None:
+    """Raise unless vLLM holds the settings without which it hangs or writes wrong ids, silently.
+
+    Args:
+        settings: a running engine's `VllmConfig`.
+
+    Raises:
+        ConfigError: a prompt could be read in several steps, or its cache be shared with another prompt.
+    """
+    scheduler = settings.scheduler_config
+    longest, budget = settings.model_config.max_model_len, scheduler.max_num_batched_tokens
+    if budget < longest or scheduler.enable_chunked_prefill:
+        raise ConfigError(
+            "vLLM must read every prompt in one step, so max_num_batched_tokens must be at least max_model_len and "
+            f"enable_chunked_prefill False, got {budget}, {longest} and {scheduler.enable_chunked_prefill}."
+        )
+    if settings.cache_config.enable_prefix_caching:
+        raise ConfigError(
+            "enable_prefix_caching must be False, got True: the first ids of a prompt see its last, so two prompts "
+            "that begin alike share nothing."
+        )
+
+
+def _read_config(bundle_dir: Path) -> PoetConfig:
+    try:
+        content = json.loads((bundle_dir / "config.json").read_text(encoding="utf-8"))
+        return PoetConfig.from_huggingface_dict(content)
+    except (OSError, json.JSONDecodeError, ConfigError) as error:
+        raise CheckpointError(f"{bundle_dir} must be a bundle with a model: {error}") from error
+
+
+def _fold(seed: int) -> int:
+    """Bring a seed of 63 bits into 32, for PyTorch's CPU generator ignores the upper half. Small seeds stay as they are."""
+    return (seed ^ (seed >> 32) * 0x9E3779B1) & 0xFFFFFFFF
+
+
+def _start(arguments: dict[str, Any]) -> Any:
+    """Import vLLM and build its engine with Poet's model and logits processor."""
+    os.environ.update(_REQUIRED_ENVIRONMENT)
+    for key, value in _DEFAULT_ENVIRONMENT.items():
+        os.environ.setdefault(key, value)
+    with _quick_start(), _own_process_state():
+        # Only now: vLLM reads part of the environment at import, and takes seconds to import.
+        try:
+            from vllm import ModelRegistry
+            from vllm.distributed import cleanup_dist_env_and_memory
+            from vllm.engine.arg_utils import EngineArgs
+            from vllm.v1.engine.llm_engine import LLMEngine
+        except ImportError as error:
+            raise ConfigError(
+                f"the vllm engine needs vLLM, which cannot be imported ({error}). Install openpoet[serve], or use the "
+                "torch engine."
+            ) from error
+        from poet_serving.attention import PROMPT_LENGTHS_KEY
+        from poet_serving.grammar import GrammarLogitsProcessor
+        from poet_serving.plugin import ARCHITECTURE, register
+        from poet_serving.vllm_model import PoetForCausalLM
+
+        # As a class: named by a string, it would be imported in a process of its own first, to be inspected.
+        ModelRegistry.register_model(ARCHITECTURE, PoetForCausalLM)
+        register()
+        engine_arguments = EngineArgs(
+            **arguments,
+            hf_overrides={PROMPT_LENGTHS_KEY: 1},
+            logits_processors=[GrammarLogitsProcessor],
+            enable_prefix_caching=False,
+            enable_chunked_prefill=False,
+            skip_tokenizer_init=True,
+            generation_config="vllm",  # a bundle's generation_config.json holds Poet's defaults, not Hugging Face's
+            disable_log_stats=True,
+            use_tqdm_on_load=False,
+        )
+        try:
+            return LLMEngine.from_engine_args(engine_arguments)
+        except BaseException:
+            cleanup_dist_env_and_memory()  # so that this process can start another
+            raise
+
+
+@contextlib.contextmanager
+def _quick_start() -> Iterator[None]:
+    """Keep the garbage collector from searching the modules that are being imported again and again."""
+    was_enabled = gc.isenabled()
+    gc.disable()
+    gc.freeze()
+    try:
+        yield
+    finally:
+        if was_enabled:
+            gc.enable()
+
+
+@contextlib.contextmanager
+def _own_process_state() -> Iterator[None]:
+    """Give back what vLLM's worker takes over because it counts on a process of its own."""
+    # numpy's global generator is the one that vLLM seeds.
+    generators = random.getstate(), np.random.get_state(), torch.get_rng_state()  # noqa: NPY002
+    set_num_threads = torch.set_num_threads
+    try:
+        yield
+    finally:
+        random.setstate(generators[0])
+        np.random.set_state(generators[1])  # noqa: NPY002
+        torch.set_rng_state(generators[2])
+        torch.set_num_threads = set_num_threads

@@ -1,0 +1,173 @@
+"""vLLM against the reference transformer: the same weights, greedy, id for id.
+
+The reference is asked once for every output: given the prefix and all ids that vLLM wrote, which legal id is likeliest
+at each place? If that is the written id everywhere, writing id by id would have given the same output.
+"""
+
+import json
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from safetensors.torch import save_file
+
+from poet.generation.engine import GenerationRequest
+from poet.generation.sampling import SamplingConfig
+from poet.grammar import GrammarState, check_output, max_output_length
+from poet.model.attention import SceneLayout
+from poet.model.config import PoetConfig
+from poet.model.transformer import PoetTransformer
+from poet.sequence import output_grammar, pack_prefix
+from poet.tasks import TASKS
+from poet.testing import random_scene, tiny_geometry, tiny_vocabulary
+from poet_serving.engine import BLOCK_SIZE, VLLMEngine
+
+VOCABULARY = tiny_vocabulary()
+CONFIG = PoetConfig(
+    vocab_size=VOCABULARY.padded_vocab_size,
+    hidden_size=96,
+    ffn_hidden_size=176,
+    num_layers=3,
+    num_heads=6,
+    num_kv_heads=2,
+    head_dim=32,
+    scene_length=512,
+    max_position_embeddings=1024,
+)
+GREEDY = SamplingConfig(temperature=0.0, seed=0)
+
+
+@pytest.fixture(scope="module")
+def model() -> PoetTransformer:
+    """Weights large enough that attention is sharp and neighbouring logits lie far apart."""
+    torch.manual_seed(11)
+    model = PoetTransformer(CONFIG).eval()
+    for parameter in model.parameters():
+        if parameter.dim() == 1:
+            torch.nn.init.normal_(parameter, mean=1.0, std=0.2)
+        else:
+            torch.nn.init.normal_(parameter, std=2.0 * parameter.shape[1] ** -0.5)
+    return model
+
+
+@pytest.fixture(scope="module")
+def bundle(model: PoetTransformer, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    directory = tmp_path_factory.mktemp("bundle")
+    (directory / "config.json").write_text(json.dumps(CONFIG.to_huggingface_dict()))
+    save_file(model.state_dict(), directory / "model.safetensors", metadata={"format": "pt"})
+    return directory
+
+
+def requests_of_every_task() -> list[GenerationRequest]:
+    """One request a task, and three more of the default one: 17 of 14 lengths."""
+    rng = np.random.default_rng(5)
+    requests = []
+    for number, task in enumerate([*TASKS, *3 * ["text_to_video_audio"]]):
+        geometry = tiny_geometry(VOCABULARY, num_latent_frames=3 + number % 3)
+        scene = random_scene(task, VOCABULARY, rng, geometry=geometry, num_text_pieces=2 + 3 * number)
+        grammar = output_grammar(
+            task,
+            VOCABULARY,
+            video_latent_shape=None if scene.video_out is None else scene.video_out.shape,
+            num_audio_latents=None if scene.audio_out is None else scene.audio_out.shape[1],
+            max_text_pieces=37,
+        )
+        prefix = tuple(pack_prefix(scene, VOCABULARY).tolist())
+        requests.append(GenerationRequest(prefix_ids=prefix, grammar=grammar, sampling=GREEDY))
+    return requests
+
+
+REQUESTS = requests_of_every_task()
+
+
+@torch.inference_mode()
+def likeliest(
+    model: PoetTransformer, request: GenerationRequest, output: Sequence[int], prefix_len: int
+) -> tuple[list[int], float]:
+    """The legal id with the largest logit at every place of the output, and the smallest lead over the second."""
+    ids = torch.tensor([[*request.prefix_ids, *output]])
+    layout = SceneLayout.from_prefix_lengths(torch.tensor([prefix_len]), torch.tensor([ids.shape[1]]), ids.shape[1])
+    logits = model.logits(model(ids, layout))[0, len(request.prefix_ids) - 1 : -1]
+    legal = torch.zeros_like(logits, dtype=torch.bool)
+    state = GrammarState(request.grammar)
+    for place, written in enumerate(output):
+        low, high, stop = state.allowed
+        legal[place, low:high] = True
+        if stop is not None:
+            legal[place, stop] = True
+        state.advance(written)
+    best = logits.masked_fill(~legal, -torch.inf).topk(2, dim=-1)
+    return best.indices[:, 0].tolist(), float((best.values[:, 0] - best.values[:, 1]).min())
+
+
+@pytest.fixture(scope="module")
+def outputs(bundle: Path) -> list[list[int]]:
+    """All requests in one batch, none of them ever preempted."""
+    with VLLMEngine(bundle, dtype="float32", max_num_seqs=len(REQUESTS)) as engine:
+        return engine.generate(REQUESTS)
+
+
+@pytest.fixture(scope="module")
+def preempted(bundle: Path) -> tuple[list[list[int]], list[str]]:
+    """Seven requests at a time in a cache for two of the longest; also the names of those that were preempted."""
+    blocks = 1 + 2 * (CONFIG.scene_length // BLOCK_SIZE)
+    with VLLMEngine(bundle, dtype="float32", max_num_seqs=7, num_cache_blocks=blocks) as engine:
+        scheduler = engine._vllm.engine_core.engine_core.scheduler
+        preempt, names = scheduler._preempt_request, []
+
+        def counted(request: Any, *arguments: Any, **keywords: Any) -> Any:
+            if request.num_output_tokens:
+                names.append(request.request_id)
+            return preempt(request, *arguments, **keywords)
+
+        scheduler._preempt_request = counted
+        return engine.generate(REQUESTS), names
+
+
+def test_requests_differ_in_task_and_length() -> None:
+    assert len(REQUESTS) >= 16
+    assert len({len(request.prefix_ids) for request in REQUESTS}) >= 13
+    assert len({max_output_length(request.grammar) for request in REQUESTS}) >= 5
+
+
+@pytest.mark.parametrize("index", range(len(REQUESTS)))
+def test_greedy_ids_equal_those_of_the_reference(model: PoetTransformer, outputs: list[list[int]], index: int) -> None:
+    request, output = REQUESTS[index], outputs[index]
+    check_output(request.grammar, output)
+    assert likeliest(model, request, output, len(request.prefix_ids))[0] == output
+
+
+def test_no_two_likeliest_ids_lie_close_enough_for_rounding_to_choose(
+    model: PoetTransformer, outputs: list[list[int]]
+) -> None:
+    leads = [
+        likeliest(model, request, output, len(request.prefix_ids))[1]
+        for request, output in zip(REQUESTS, outputs, strict=True)
+    ]
+    print(f"smallest lead of the likeliest id over the second: {min(leads):.2e}")
+    # Logits have a deviation of about 2 here; float32 sums of this length agree to about 1e-5.
+    assert min(leads) > 1e-4
+
+
+def test_a_prefix_read_causally_would_give_other_ids(model: PoetTransformer, outputs: list[list[int]]) -> None:
+    same = [
+        likeliest(model, request, output, prefix_len=0)[0] == output
+        for request, output in zip(REQUESTS, outputs, strict=True)
+    ]
+    assert not any(same)
+
+
+def test_outputs_vary(outputs: list[list[int]]) -> None:
+    longest = max(outputs, key=len)
+    assert len(set(longest)) > 20
+
+
+def test_preempted_requests_write_the_same_ids(
+    outputs: list[list[int]], preempted: tuple[list[list[int]], list[str]]
+) -> None:
+    again, names = preempted
+    assert len(set(names)) >= 3, "the cache was too large to force preemption"
+    assert again == outputs
