@@ -58,6 +58,7 @@ def test_the_judge_is_right_about_400_clips_of_both_test_splits() -> None:
 
 
 @pytest.mark.slow
+@pytest.mark.timeout(1800)  # a minute alone on a core
 def test_the_judge_is_right_about_2000_clips_of_both_test_splits() -> None:
     clips = [toybox.draw(split, 10_000 + index) for split in ("seen", "unseen") for index in range(1000)]
     for name, values in toybox.ATTRIBUTE_VALUES.items():
