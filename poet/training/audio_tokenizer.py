@@ -31,7 +31,7 @@ from poet_tokenizers.audio import EncodecConfig, EncodecTokenizer
 __all__ = ["AudioTokenizerRecipe", "AudioTokenizerTraining", "SoundSource", "measure_reconstruction"]
 
 SoundSource = Callable[[str, int], NDArray[np.float32]]
-"""(split, index) to the (S,) float32 sound of that clip; a pure function, so that nothing need be stored."""
+"""(name of a source, index) to the (S,) float32 sound of that clip; a pure function, so that nothing need be stored."""
 
 _SILENT = 1e-4  # full scale; a clip whose samples all stay below it counts as silent
 
@@ -42,12 +42,13 @@ class AudioTokenizerRecipe:
 
     Attributes:
         codec: the codec's shape.
-        training_split: name of the sound source's split to learn from.
-        validation_split: name of the split to measure on.
-        training_clips: distinct clips to learn from, drawn once, kept in memory and gone through in turn.
+        source: name of the sounds to learn from, for whoever hands in the `SoundSource`.
+        validation_source: name of the sounds to measure on.
+        source_clips: distinct clips to learn from, drawn once, kept in memory and gone through in turn.
         num_steps: optimiser steps in all.
         batch_size: B, clips a step.
-        num_samples: S, samples of each clip that a step sees; a random stretch, on a hop's border, of longer clips.
+        num_samples: S, samples of each clip that a step sees; a stretch, on a hop's border, of longer clips.
+        start_share: of the stretches, how many are the start of their clip; the others lie anywhere in it.
         learning_rate: highest; reached after `warmup_steps`, then a cosine down to `learning_rate_floor` of it.
         warmup_steps: steps of the linear rise.
         learning_rate_floor: share of `learning_rate` that is left at the end.
@@ -57,7 +58,7 @@ class AudioTokenizerRecipe:
         level_shares: for every level, in how many of ten or any other unit steps quantisation ends with that level.
         dead_code_threshold: share of its level's mean use below which a code is moved; 0 never.
         revival_end: share of `num_steps` after which codes are left where they are.
-        time_weight: share of the gradient that the L1 distance of samples has.
+        time_weight: share of the gradient that the mean square distance of samples has.
         mel_weight: share of the multi-scale mel loss.
         mel_windows: its transform lengths in samples.
         adversarial_weight: share of the discriminator's hinge loss; 0 trains without a discriminator.
@@ -65,18 +66,20 @@ class AudioTokenizerRecipe:
         adversarial_start: the step at which the discriminator joins.
         discriminator_filters: its width.
         commitment_weight: of the distance between latents and codes.
+        exported_levels: levels that the finished tokenizer keeps; 0 for all.
         precision: "fp32" or "bf16" (autocast of the codec's layers; losses stay in fp32).
         validation_clips: whole clips to measure on.
         seed: of everything drawn.
     """
 
     codec: EncodecConfig = dataclasses.field(default_factory=EncodecConfig)
-    training_split: str = "train"
-    validation_split: str = "seen"
-    training_clips: int = 4_096
+    source: str
+    validation_source: str
+    source_clips: int = 4_096
     num_steps: int = 4_000
     batch_size: int = 8
     num_samples: int = 34_000
+    start_share: float = 0.25
     learning_rate: float = 1e-3
     warmup_steps: int = 100
     learning_rate_floor: float = 0.02
@@ -94,6 +97,7 @@ class AudioTokenizerRecipe:
     adversarial_start: int = 0
     discriminator_filters: int = 8
     commitment_weight: float = 1.0
+    exported_levels: int = 0
     precision: str = "fp32"
     validation_clips: int = 64
     seed: int = 0
@@ -101,54 +105,36 @@ class AudioTokenizerRecipe:
     def __post_init__(self) -> None:
         object.__setattr__(self, "mel_windows", tuple(self.mel_windows))
         object.__setattr__(self, "level_shares", tuple(float(share) for share in self.level_shares))
-        for name in (
-            "training_clips",
-            "num_steps",
-            "batch_size",
-            "num_samples",
-            "validation_clips",
-            "discriminator_filters",
-        ):
-            if getattr(self, name) < 1:
-                raise ConfigError(f"{name} must be at least 1, got {getattr(self, name)}.")
-        for name in (
-            "warmup_steps",
-            "quantizer_start",
-            "adversarial_start",
-            "dead_code_threshold",
-            "commitment_weight",
-        ):
-            if getattr(self, name) < 0:
-                raise ConfigError(f"{name} must not be negative, got {getattr(self, name)}.")
-        if self.num_samples % self.codec.hop_length:
-            raise ConfigError(
-                f"num_samples must be a multiple of the hop {self.codec.hop_length}, got {self.num_samples}."
-            )
-        if (
-            len(self.level_shares) != self.codec.num_codebooks
-            or min(self.level_shares) < 0
-            or not sum(self.level_shares)
-        ):
-            raise ConfigError(
-                f"level_shares must hold {self.codec.num_codebooks} shares, one a level, not all zero; "
-                f"got {self.level_shares}."
-            )
-        if self.time_weight <= 0 or self.mel_weight <= 0 or self.adversarial_weight < 0 or self.feature_weight <= 0:
-            raise ConfigError(
-                "time_weight, mel_weight and feature_weight must be above zero, adversarial_weight not below."
-            )
-        if self.precision not in ("fp32", "bf16"):
-            raise ConfigError(f'precision must be "fp32" or "bf16", got {self.precision!r}.')
-        if not 0 <= self.ema_decay < 1 or not 0 <= self.revival_end <= 1:
-            raise ConfigError(
-                f"ema_decay must lie in [0, 1) and revival_end in [0, 1]; got {self.ema_decay}, {self.revival_end}."
-            )
+        for name in ("source_clips", "num_steps", "batch_size", "num_samples", "validation_clips"):
+            self._require(name, getattr(self, name) >= 1, "be at least 1")
+        for name in ("warmup_steps", "quantizer_start", "adversarial_start", "dead_code_threshold"):
+            self._require(name, getattr(self, name) >= 0, "not be negative")
+        for name in ("commitment_weight", "adversarial_weight"):
+            self._require(name, getattr(self, name) >= 0, "not be negative")
+        for name in ("learning_rate", "time_weight", "mel_weight", "feature_weight", "discriminator_filters"):
+            self._require(name, getattr(self, name) > 0, "be above zero")
+        for name in ("start_share", "revival_end", "learning_rate_floor"):
+            self._require(name, 0 <= getattr(self, name) <= 1, "lie in [0, 1]")
+        hop, levels = self.codec.hop_length, self.codec.num_codebooks
+        self._require("ema_decay", 0 <= self.ema_decay < 1, "lie in [0, 1)")
+        self._require("num_samples", self.num_samples % hop == 0, f"be a multiple of the hop {hop}")
+        self._require("quantizer_start_clips", self.quantizer_start_clips >= 1, "be at least 1")
+        self._require("mel_windows", min(self.mel_windows, default=0) >= 16, "hold windows of at least 16 samples")
+        shares = self.level_shares
+        fits = len(shares) == levels and min(shares) >= 0 and sum(shares) > 0
+        self._require("level_shares", fits, f"hold {levels} shares, one a level and not all zero")
+        self._require("exported_levels", 0 <= self.exported_levels <= levels, f"lie in 0..{levels}")
+        self._require("precision", self.precision in ("fp32", "bf16"), 'be "fp32" or "bf16"')
+
+    def _require(self, name: str, fits: bool, demand: str) -> None:
+        if not fits:
+            raise ConfigError(f"{name} must {demand}, got {getattr(self, name)!r}.")
 
 
 class AudioTokenizerTraining:
     """A `Trainable` for `poet.training.loop.fit`.
 
-    Clip i of the batch of step s is clip (s * batch_size + i) % training_clips of the training split, and every random
+    Clip i of the batch of step s is clip (s * batch_size + i) % source_clips of the source, and every random
     draw of a step comes from a generator seeded with (seed, step), so an interrupted run goes on exactly as it would
     have.
 
@@ -202,7 +188,8 @@ class AudioTokenizerTraining:
             reconstruction = self.model(target, levels)
         output = reconstruction.waveform.float()
         losses = {
-            "time": (output - target).abs().mean(),
+            # The square, not EnCodec's L1: its gradient leaves the clips that are right already and goes to the others.
+            "time": (output - target).square().mean(),
             "mel": audio_losses.multi_scale_mel_loss(output, target, recipe.codec.sample_rate, recipe.mel_windows),
         }
         metrics = {"levels": float(levels), "codes_moved": float(moved)}
@@ -224,10 +211,10 @@ class AudioTokenizerTraining:
         return metrics | {"commitment_loss": float(commitment.detach()), "learning_rate": group["lr"]}
 
     def validate(self, step: int) -> dict[str, float]:
-        """Measure the averaged weights on whole clips of the validation split, with every number of levels."""
+        """Measure the averaged weights on whole clips of the validation source, with every number of levels."""
         codec, recipe = self.average.module, self.recipe
         assert isinstance(codec, EncodecTokenizer)
-        sounds = [self.sounds(recipe.validation_split, index) for index in range(recipe.validation_clips)]
+        sounds = [self.sounds(recipe.validation_source, index) for index in range(recipe.validation_clips)]
         target = self._stack(sounds, max(len(sound) for sound in sounds), np.random.default_rng(0))
         if step <= recipe.quantizer_start:
             with torch.no_grad():
@@ -264,10 +251,10 @@ class AudioTokenizerTraining:
             self.discriminator_optimizer.load_state_dict(state["discriminator_optimizer"])
 
     def export(self, directory: Path) -> None:
-        """Write the codec with averaged weights and all its levels."""
+        """Write the codec with averaged weights and the levels that the recipe keeps."""
         codec = self.average.module
         assert isinstance(codec, EncodecTokenizer)
-        codec.save(directory)
+        codec.with_num_codebooks(self.recipe.exported_levels or self.recipe.codec.num_codebooks).save(directory)
 
     def _adversarial(
         self, target: Tensor, output: Tensor, losses: dict[str, Tensor], rng: np.random.Generator
@@ -293,10 +280,10 @@ class AudioTokenizerTraining:
         return metrics
 
     def _training_batch(self, indices: range, rng: np.random.Generator) -> Tensor:
-        """Training clips `indices`, counted round the `training_clips`, as (B, 1, S) float32."""
-        for index in {index % self.recipe.training_clips for index in indices} - self._drawn.keys():
-            self._drawn[index] = self.sounds(self.recipe.training_split, index)
-        sounds = [self._drawn[index % self.recipe.training_clips] for index in indices]
+        """Training clips `indices`, counted round the `source_clips`, as (B, 1, S) float32."""
+        for index in {index % self.recipe.source_clips for index in indices} - self._drawn.keys():
+            self._drawn[index] = self.sounds(self.recipe.source, index)
+        sounds = [self._drawn[index % self.recipe.source_clips] for index in indices]
         return self._stack(sounds, self.recipe.num_samples, rng)
 
     def _stack(self, sounds: Sequence[NDArray[np.float32]], length: int, rng: np.random.Generator) -> Tensor:
@@ -308,7 +295,9 @@ class AudioTokenizerTraining:
             if sound.ndim != 1 or not len(sound):
                 raise ShapeError(f"a sound must be (S,) with at least one sample, got {sound.shape}. Mix it to mono.")
             sound = np.pad(sound, (0, max(0, length - len(sound))))
-            offset = hop * int(rng.integers((len(sound) - length) // hop + 1))
+            offset = (
+                hop * int(rng.integers((len(sound) - length) // hop + 1)) * (rng.random() >= self.recipe.start_share)
+            )
             stretches.append(sound[offset : offset + length])
         return torch.from_numpy(np.stack(stretches).astype(np.float32))[:, None].to(self.device)
 

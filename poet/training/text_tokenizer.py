@@ -11,7 +11,7 @@ from poet_tokenizers.text import SentencePieceTokenizer
 __all__ = ["CaptionSource", "TextTokenizerRecipe", "train_text_tokenizer"]
 
 CaptionSource = Callable[[str, int], str]
-"""(split, index) to the caption of that clip; a pure function."""
+"""(name of a source, index) to the caption of that clip; a pure function."""
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -19,12 +19,12 @@ class TextTokenizerRecipe:
     """How to train the text tokenizer. The YAML recipe has the same keys.
 
     Attributes:
-        training_split: name of the caption source's split to learn from.
+        source: name of the captions to learn from, for whoever hands in the `CaptionSource`.
         num_captions: clips 0 to num_captions - 1 of it are read.
         num_pieces: pieces in all, bytes included.
     """
 
-    training_split: str = "train"
+    source: str
     num_captions: int = 20_000
     num_pieces: int = 640
 
@@ -39,5 +39,5 @@ def train_text_tokenizer(recipe: TextTokenizerRecipe, captions: CaptionSource) -
     Raises:
         ConfigError: the recipe's num_pieces is too small for the captions.
     """
-    lines = (captions(recipe.training_split, index) for index in range(recipe.num_captions))
+    lines = (captions(recipe.source, index) for index in range(recipe.num_captions))
     return SentencePieceTokenizer.train(lines, recipe.num_pieces)

@@ -271,7 +271,7 @@ def test_a_missing_or_foreign_official_file_is_named(tmp_path: Path) -> None:
     with pytest.raises(CheckpointError, match="state dict of tensors"):
         load_official_24khz(tmp_path / "list.th")
     torch.save(_tokenizer().state_dict(), tmp_path / "other.th")
-    with pytest.raises(CheckpointError, match="missing: .* unexpected: "):
+    with pytest.raises(CheckpointError, match=r"missing: .* unexpected: "):
         load_official_24khz(tmp_path / "other.th")
 
 

@@ -54,18 +54,19 @@ class EncodecConfig:
         num_lstm_layers: LSTM layers at the latent rate, in encoder and decoder each.
         num_codebooks: K, levels of the residual quantiser.
         codebook_size: C, codes a level.
-        pad_mode: "constant" (zeros: strictly causal) or "reflect" (as in the official weights).
+        pad_mode: what stands before the first sample: "replicate" (it goes on as it starts, so that silence begins
+            without a click), "constant" (zeros) or "reflect" (as in the official weights, not strictly causal).
     """
 
     sample_rate: int = 16_000
     ratios: tuple[int, ...] = (2, 5, 5, 10)
     num_filters: int = 16
     latent_size: int = 64
-    num_residual_layers: int = 1
-    num_lstm_layers: int = 0
+    num_residual_layers: int = 0
+    num_lstm_layers: int = 1
     num_codebooks: int = 4
     codebook_size: int = 1024
-    pad_mode: str = "constant"
+    pad_mode: str = "replicate"
 
     def __post_init__(self) -> None:
         object.__setattr__(self, "ratios", tuple(self.ratios))
@@ -76,8 +77,8 @@ class EncodecConfig:
                 raise ConfigError(f"{field.name} must be an integer of at least {low}, got {value!r}.")
         if not self.ratios or any(not isinstance(ratio, int) or ratio < 2 for ratio in self.ratios):
             raise ConfigError(f"ratios must be one or more integers of at least 2, got {self.ratios}.")
-        if self.pad_mode not in ("constant", "reflect"):
-            raise ConfigError(f'pad_mode must be "constant" or "reflect", got {self.pad_mode!r}.')
+        if self.pad_mode not in ("replicate", "constant", "reflect"):
+            raise ConfigError(f'pad_mode must be "replicate", "constant" or "reflect", got {self.pad_mode!r}.')
 
     @property
     def hop_length(self) -> int:

@@ -24,14 +24,17 @@ __all__ = [
     "discriminator_loss",
     "feature_matching_loss",
     "generator_loss",
-    "log_mel",
     "mel_distance",
     "mel_filter_bank",
+    "mel_spectrogram",
     "multi_scale_mel_loss",
     "scale_invariant_snr",
 ]
 
-_FLOOR = 1e-3  # of a mel magnitude relative to a full-scale sine; below it two sounds count as equally silent
+_FLOOR = 1e-3  # of a mel magnitude (-60 dB of full scale); below it two sounds count as equally silent
+# What is added to mel magnitudes before their logarithm is trained on. Less of it, and the steep logarithm of what is
+# nearly silent has all of the gradient.
+_SOFT_FLOOR = 5e-3
 
 
 @functools.lru_cache(maxsize=64)
@@ -58,8 +61,8 @@ def mel_filter_bank(sample_rate: int, window: int, num_bands: int) -> Tensor:
     return filters.float()
 
 
-def log_mel(waveform: Tensor, sample_rate: int, window: int = 1024, num_bands: int = 64) -> tuple[Tensor, Tensor]:
-    """Mel magnitudes with a Hann window and a hop of a quarter of it, and their logarithms.
+def mel_spectrogram(waveform: Tensor, sample_rate: int, window: int = 1024, num_bands: int = 64) -> Tensor:
+    """Mel magnitudes with a Hann window and a hop of a quarter of it.
 
     Args:
         waveform: (B, 1, S) or (B, S) float32 in [-1, 1].
@@ -68,8 +71,7 @@ def log_mel(waveform: Tensor, sample_rate: int, window: int = 1024, num_bands: i
         num_bands: F.
 
     Returns:
-        Two (B, F, T) tensors: magnitudes, where a full-scale sine has a peak of about 1, and natural logarithms of
-        them with a floor of 1e-3 (-60 dB).
+        (B, F, T) float32; a full-scale sine has a value of 1 to 2 in its band.
     """
     hann = torch.hann_window(window, device=waveform.device)
     flat = waveform.reshape(-1, waveform.shape[-1])
@@ -77,8 +79,7 @@ def log_mel(waveform: Tensor, sample_rate: int, window: int = 1024, num_bands: i
     # The small offset keeps the gradient of the root finite where a sound is exactly silent.
     power = spectrum.real.square() + spectrum.imag.square()
     magnitude = (power + 1e-10).sqrt() * (4 / window)
-    mel = mel_filter_bank(sample_rate, window, num_bands).to(waveform.device) @ magnitude
-    return mel, mel.clamp(min=_FLOOR).log()
+    return mel_filter_bank(sample_rate, window, num_bands).to(waveform.device) @ magnitude
 
 
 def multi_scale_mel_loss(
@@ -88,7 +89,7 @@ def multi_scale_mel_loss(
     windows: Sequence[int] = (128, 256, 512, 1024, 2048),
     num_bands: int = 64,
 ) -> Tensor:
-    """Mean over the windows of the L1 distance of mel magnitudes plus the root-mean-square distance of log-mels.
+    """Mean over the windows of the L1 distance of mel magnitudes plus the mean square distance of log-mels.
 
     Args:
         estimate: (B, 1, S) float32.
@@ -100,16 +101,18 @@ def multi_scale_mel_loss(
     Returns:
         Scalar.
 
-    Source: EnCodec, section 3.4, equation 2, with the L2 term on logarithms so that quiet parts count.
+    Source: EnCodec, section 3.4, equation 2, with the L2 term on logarithms so that quiet parts count, and without its
+    root, whose gradient would be as large for a frame that is nearly right as for one that is all wrong.
     """
     total = estimate.new_zeros(())
     for window in windows:
         bands = min(num_bands, window // 4)
-        estimate_mel, estimate_log = log_mel(estimate, sample_rate, window, bands)
+        estimate_mel = mel_spectrogram(estimate, sample_rate, window, bands)
         with torch.no_grad():
-            target_mel, target_log = log_mel(target, sample_rate, window, bands)
+            target_mel = mel_spectrogram(target, sample_rate, window, bands)
         linear = (estimate_mel - target_mel).abs().mean()
-        logarithmic = ((estimate_log - target_log).square().mean(dim=1) + 1e-8).sqrt().mean()
+        ratio = (estimate_mel + _SOFT_FLOOR) / (target_mel + _SOFT_FLOOR)
+        logarithmic = ratio.log().square().mean()
         total = total + linear + logarithmic
     return total / len(windows)
 
@@ -119,8 +122,8 @@ def mel_distance(estimate: Tensor, target: Tensor, sample_rate: int) -> Tensor:
 
     A value of 0.1 is 0.87 dB. Silence is floored at -60 dB, so two silent sounds have a distance of 0.
     """
-    difference = log_mel(estimate, sample_rate, 1024, 80)[1] - log_mel(target, sample_rate, 1024, 80)[1]
-    return difference.abs().mean(dim=(1, 2))
+    logarithms = (mel_spectrogram(x, sample_rate, 1024, 80).clamp(min=_FLOOR).log() for x in (estimate, target))
+    return torch.sub(*logarithms).abs().mean(dim=(1, 2))
 
 
 def scale_invariant_snr(estimate: Tensor, target: Tensor) -> Tensor:
