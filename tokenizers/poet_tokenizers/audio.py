@@ -362,6 +362,7 @@ def load_official_24khz(path: str | Path, num_codebooks: int = 8) -> EncodecToke
         ratios=(8, 5, 4, 2),
         num_filters=32,
         latent_size=128,
+        num_residual_layers=1,
         num_lstm_layers=2,
         num_codebooks=32,
         pad_mode="reflect",
