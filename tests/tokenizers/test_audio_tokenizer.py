@@ -93,6 +93,14 @@ def test_decoding_a_prefix_gives_the_prefix_of_the_sound(tokenizer: EncodecToken
     torch.testing.assert_close(whole[..., : 5 * HOP], prefix, atol=1e-6, rtol=0)
 
 
+@pytest.mark.parametrize(("lead_in", "settled"), [(0, False), (2, True)])
+def test_a_steady_sound_is_steady_from_its_first_hop_only_after_a_lead_in(lead_in: int, settled: bool) -> None:
+    codec = _tokenizer(lead_in=lead_in, num_lstm_layers=0)
+    hops = codec.decode(torch.full((1, 3, 7), 5)).reshape(7, HOP)
+    torch.testing.assert_close(hops[3], hops[6])
+    assert (float((hops[0] - hops[6]).abs().max()) < 1e-6) is settled
+
+
 def test_sound_is_clamped_to_full_scale() -> None:
     loud = _tokenizer()
     with torch.no_grad():

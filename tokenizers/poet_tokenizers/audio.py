@@ -56,6 +56,8 @@ class EncodecConfig:
         codebook_size: C, codes a level.
         pad_mode: what stands before the first sample: "replicate" (it goes on as it starts, so that silence begins
             without a click), "constant" (zeros) or "reflect" (as in the official weights, not strictly causal).
+        lead_in: copies of the first latent that are decoded ahead and dropped, so that a sound starts with the decoder
+            settled; without any, silence starts with a click.
     """
 
     sample_rate: int = 16_000
@@ -67,12 +69,13 @@ class EncodecConfig:
     num_codebooks: int = 4
     codebook_size: int = 1024
     pad_mode: str = "replicate"
+    lead_in: int = 2
 
     def __post_init__(self) -> None:
         object.__setattr__(self, "ratios", tuple(self.ratios))
         for field in dataclasses.fields(self):
             value = getattr(self, field.name)
-            low = 0 if field.name in ("num_lstm_layers", "num_residual_layers") else 1
+            low = 0 if field.name in ("num_residual_layers", "num_lstm_layers", "lead_in") else 1
             if field.type == "int" and (not isinstance(value, int) or isinstance(value, bool) or value < low):
                 raise ConfigError(f"{field.name} must be an integer of at least {low}, got {value!r}.")
         if not self.ratios or any(not isinstance(ratio, int) or ratio < 2 for ratio in self.ratios):
@@ -205,8 +208,7 @@ class EncodecTokenizer(nn.Module):
         self._check_codes(codes)
         with torch.autocast(codes.device.type, enabled=False):
             latents = self.quantizer.vq.decode(rearrange(codes, "b k t -> k b t"))
-            waveform: Tensor = self.decoder(latents)
-            return waveform.clamp(-1.0, 1.0)
+            return self._decode_latents(latents).clamp(-1.0, 1.0)
 
     def forward(self, waveform: Tensor, num_codebooks: int | None = None) -> AudioReconstruction:
         """Encode, quantise with a straight-through gradient, and decode; in training mode the codebooks follow.
@@ -228,9 +230,10 @@ class EncodecTokenizer(nn.Module):
             )
         latents = self.encoder(waveform)
         if num_codebooks == 0:
-            return AudioReconstruction(self.decoder(latents), None, latents.new_zeros(()))
+            return AudioReconstruction(self._decode_latents(latents), None, latents.new_zeros(()))
         quantized, codes, commitment = self.quantizer.vq(latents, n_q=num_codebooks)
-        return AudioReconstruction(self.decoder(quantized), rearrange(codes, "k b t -> b k t"), commitment.mean())
+        waveform = self._decode_latents(quantized)
+        return AudioReconstruction(waveform, rearrange(codes, "k b t -> b k t"), commitment.mean())
 
     def initialise_codebooks(self, waveforms: Tensor) -> None:
         """Place the codebooks on the latents of these sounds, (B, 1, S) of whole hops: see `audio_codebooks`."""
@@ -297,6 +300,12 @@ class EncodecTokenizer(nn.Module):
     def _latents(self, waveforms: Tensor) -> Tensor:
         """(N, D) latents of (B, 1, S) sounds of whole hops, N = B * T."""
         return rearrange(torch.cat([self.encoder(part) for part in waveforms.split(16)]), "b d t -> (b t) d")
+
+    def _decode_latents(self, latents: Tensor) -> Tensor:
+        """(B, D, T) to (B, 1, T * hop_length), unclamped."""
+        ahead = self.config.lead_in
+        waveform: Tensor = self.decoder(torch.cat([latents[..., :1]] * ahead + [latents], dim=-1))
+        return waveform[..., ahead * self.config.hop_length :]
 
     def _whole_hops(self, waveform: Tensor) -> Tensor:
         return F.pad(waveform, (0, -waveform.shape[-1] % self.config.hop_length))
@@ -366,6 +375,7 @@ def load_official_24khz(path: str | Path, num_codebooks: int = 8) -> EncodecToke
         num_lstm_layers=2,
         num_codebooks=32,
         pad_mode="reflect",
+        lead_in=0,
     )
     model = EncodecTokenizer(config)
     checkpoint.load_strictly(model, tensors, model.state_dict(), path)

@@ -34,7 +34,7 @@ __all__ = [
 _FLOOR = 1e-3  # of a mel magnitude (-60 dB of full scale); below it two sounds count as equally silent
 # What is added to mel magnitudes before their logarithm is trained on. Less of it, and the steep logarithm of what is
 # nearly silent has all of the gradient.
-_SOFT_FLOOR = 5e-3
+_SOFT_FLOOR = 2e-3
 
 
 @functools.lru_cache(maxsize=64)
