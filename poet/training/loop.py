@@ -8,20 +8,22 @@ from __future__ import annotations
 
 import copy
 import dataclasses
+import errno
 import json
 import math
 import os
 import signal
 import time
 from collections.abc import Callable, Iterator, Mapping
-from contextlib import contextmanager
+from contextlib import closing, contextmanager
 from pathlib import Path
 from typing import Any, Protocol
 
 import torch
+from safetensors import SafetensorError
 from torch import nn
 
-from poet.errors import CheckpointError, ConfigError
+from poet.errors import CheckpointError, ConfigError, PoetError
 
 __all__ = [
     "ExponentialMovingAverage",
@@ -74,7 +76,10 @@ class LoopConfig:
 
     def __post_init__(self) -> None:
         if min(self.num_steps, self.log_every, self.validate_every) < 1 or self.checkpoint_seconds < 0:
-            raise ConfigError(f"num_steps, log_every and validate_every must be at least 1, got {self}.")
+            raise ConfigError(
+                "num_steps, log_every and validate_every must be at least 1 and checkpoint_seconds not negative, "
+                f"got {self}."
+            )
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -133,15 +138,23 @@ def fit(trainable: Trainable, config: LoopConfig, directory: Path, *, progress: 
     Writes `checkpoint.pt`, `metrics.jsonl` and `loss.png` there, and the finished thing under `export/`. SIGINT and
     SIGTERM end the run after the present step, with a checkpoint.
 
+    Args:
+        trainable: freshly built; a checkpoint in `directory` is loaded into it.
+        config: how often to log, validate and save.
+        directory: of the run; made if missing.
+        progress: called after every step.
+
     Raises:
-        CheckpointError: the checkpoint cannot be read, or the disk is full.
+        CheckpointError: the checkpoint cannot be read or belongs to another run, the disk is full, or a metric is not
+            finite. The last checkpoint is kept.
     """
-    directory.mkdir(parents=True, exist_ok=True)
     started = time.monotonic()
-    step = _resume(trainable, directory)
-    log = _MetricsLog(directory / "metrics.jsonl", step)
-    saved_at, newest = time.monotonic(), dict(log.newest)
-    with _stop_on_signal() as stopped:
+    with _writing(directory):
+        directory.mkdir(parents=True, exist_ok=True)
+        step, pending = _resume(trainable, directory)
+        log = _MetricsLog(directory / "metrics.jsonl", pending)
+    saved_at, newest = time.monotonic(), log.read_newest()
+    with closing(log), _stop_on_signal() as stopped:
         while step < config.num_steps and not stopped():
             metrics = trainable.train_step(step)
             step += 1
@@ -160,7 +173,8 @@ def fit(trainable: Trainable, config: LoopConfig, directory: Path, *, progress: 
         _save(trainable, step, log, directory)
     finished = step >= config.num_steps
     if finished:
-        trainable.export(directory / "export")
+        with _writing(directory / "export"):
+            trainable.export(directory / "export")
     return FitResult(step=step, finished=finished, seconds=time.monotonic() - started, metrics=newest)
 
 
@@ -169,8 +183,22 @@ def _check_finite(metrics: Mapping[str, float], step: int) -> None:
     if bad:
         raise CheckpointError(
             f"training produced {bad} at step {step} and was stopped; the last checkpoint is kept. "
-            "Lower the learning rate and start the same command again."
+            "Begin anew in another directory with a lower learning rate."
         )
+
+
+@contextmanager
+def _writing(path: Path) -> Iterator[None]:
+    """Turn what a full or read-only disk raises into a CheckpointError that says what to do."""
+    try:
+        yield
+    except PoetError:
+        raise
+    except (OSError, SafetensorError) as error:
+        raise CheckpointError(
+            f"{path} cannot be written: {error}. The last checkpoint is kept; free some space and start the same "
+            "command again."
+        ) from error
 
 
 def _save(trainable: Trainable, step: int, log: _MetricsLog, directory: Path) -> None:
@@ -189,41 +217,58 @@ def _save(trainable: Trainable, step: int, log: _MetricsLog, directory: Path) ->
             file.flush()
             os.fsync(file.fileno())
         beside.replace(target)
-    except (OSError, RuntimeError) as error:
+    except (OSError, RuntimeError) as error:  # torch.save says RuntimeError when the file cannot take any more
         beside.unlink(missing_ok=True)
         raise CheckpointError(
             f"the checkpoint {target} cannot be written: {error}. The one before it is kept; free some space."
         ) from error
 
 
-def _resume(trainable: Trainable, directory: Path) -> int:
-    """Load the checkpoint, drop metrics that came after it, and return its step."""
+def _resume(trainable: Trainable, directory: Path) -> tuple[int, dict[str, list[float]]]:
+    """Load the checkpoint, drop metrics that came after it, and return its step and the metrics not yet averaged."""
     file, metrics = directory / "checkpoint.pt", directory / "metrics.jsonl"
     (directory / "checkpoint.pt.tmp").unlink(missing_ok=True)
     if not file.exists():
         metrics.unlink(missing_ok=True)
-        return 0
+        return 0, {}
     try:
         state = torch.load(file, map_location="cpu", weights_only=True)
     except Exception as error:
         raise CheckpointError(f"the checkpoint {file} cannot be read: {error}. Delete it to start anew.") from error
-    trainable.load_state_dict(state["trainable"])
-    torch.set_rng_state(state["random"])
+    try:
+        trainable.load_state_dict(state["trainable"])
+        torch.set_rng_state(state["random"])
+        step, pending, metrics_bytes = int(state["step"]), dict(state["pending"]), int(state["metrics_bytes"])
+    except PoetError:
+        raise
+    except (KeyError, RuntimeError, TypeError, ValueError) as error:
+        raise CheckpointError(
+            f"the checkpoint {file} does not fit what is being trained: {error}. Name another directory."
+        ) from error
     with metrics.open("a+b") as lines:
-        lines.truncate(state["metrics_bytes"])
-    (directory / "pending.json").write_text(json.dumps(state["pending"]))
-    return int(state["step"])
+        if lines.tell() > metrics_bytes:  # truncating a shorter file would fill it up with zeros
+            lines.truncate(metrics_bytes)
+    return step, pending
 
 
 class _MetricsLog:
     """`metrics.jsonl`: a line of averages every few steps, and a line for every validation."""
 
-    def __init__(self, path: Path, step: int) -> None:
-        pending = path.parent / "pending.json"
-        self.pending: dict[str, list[float]] = json.loads(pending.read_text()) if step and pending.exists() else {}
-        pending.unlink(missing_ok=True)
-        self.file = path.open("a", encoding="utf-8")
-        self.newest: dict[str, float] = {}
+    def __init__(self, path: Path, pending: Mapping[str, list[float]]) -> None:
+        self.path, self.pending = path, {name: list(values) for name, values in pending.items()}
+        # Unbuffered, so that a line that does not fit on the disk is not written by a later close.
+        self.file = path.open("ab", buffering=0)
+
+    def close(self) -> None:
+        self.file.close()
+
+    def read_newest(self) -> dict[str, float]:
+        """The newest value of every metric that the log holds."""
+        newest: dict[str, float] = {}
+        for line in self.path.read_text(encoding="utf-8").splitlines():
+            newest |= json.loads(line)
+        newest.pop("step", None)
+        return newest
 
     def add(self, metrics: Mapping[str, float]) -> None:
         for name, value in metrics.items():
@@ -239,13 +284,15 @@ class _MetricsLog:
 
     def flush(self) -> int:
         """Bytes that are safely on disk."""
-        self.file.flush()
-        os.fsync(self.file.fileno())
-        return os.fstat(self.file.fileno()).st_size
+        with _writing(self.path):
+            os.fsync(self.file.fileno())
+            return os.fstat(self.file.fileno()).st_size
 
     def _write(self, step: int, metrics: dict[str, float]) -> dict[str, float]:
-        self.file.write(json.dumps({"step": step, **metrics}) + "\n")
-        self.file.flush()
+        line = (json.dumps({"step": step, **metrics}) + "\n").encode()
+        with _writing(self.path):
+            if self.file.write(line) != len(line):
+                raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
         return metrics
 
 
@@ -290,7 +337,11 @@ def _plot(metrics: Path, target: Path) -> None:
         axes.set_yscale("log")
     axes.set_xlabel("step")
     axes.grid(alpha=0.3)
-    axes.legend(fontsize="small")
+    if names:
+        axes.legend(fontsize="small")
     figure.tight_layout()
-    figure.savefig(target, dpi=100)
-    pyplot.close(figure)
+    try:
+        with _writing(target):
+            figure.savefig(target, dpi=100)
+    finally:
+        pyplot.close(figure)
