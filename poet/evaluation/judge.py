@@ -22,11 +22,13 @@ from poet.evaluation.judge_picture import UNCLEAR, Sight, look
 from poet.evaluation.judge_sound import SAMPLE_RATE, Hearing, hear
 from poet.media import Clip
 
-__all__ = ["ATTRIBUTES", "UNCLEAR", "Verdict", "judge", "judge_clip", "score"]
+__all__ = ["ATTRIBUTES", "SYNCED_MOTIONS", "UNCLEAR", "Verdict", "judge", "judge_clip", "score"]
 
 Floats = NDArray[np.floating]
 
 ATTRIBUTES: Final = ("colour", "shape", "size", "background", "motion", "timbre", "pitch")
+SYNCED_MOTIONS: Final = ("bounces", "rises", "falls", "grows", "shrinks")
+"""Motions that a sound has to follow."""
 FPS: Final = 8.0
 
 _SYNC_SECONDS = 0.125  # a floor contact and its note may lie one video frame apart

@@ -15,7 +15,7 @@ from typing import Any
 from poet import __version__
 from poet.bundle import Bundle
 from poet.data.toybox import ToyboxClip, draw
-from poet.evaluation.judge import Verdict, judge, score
+from poet.evaluation.judge import SYNCED_MOTIONS, Verdict, judge, judge_clip
 from poet.evaluation.reconstruction import ReconstructionReport, evaluate_reconstruction
 from poet.evaluation.report import Results, SheetEntry, contact_sheet, write_report
 from poet.generation.engine import load_engine
@@ -30,6 +30,7 @@ Advance = Callable[[int, int, str], None]
 
 SIGHT = ("colour", "shape", "size", "background", "motion")
 SOUND = ("timbre", "pitch")
+SYNC = ("sync",)
 SHOWN = 12  # clips of a split on the contact sheet
 
 
@@ -87,10 +88,10 @@ def generation(
             made = pipeline.generate(requests, lambda done, total, split=split: progress(done, total, split))  # type: ignore[misc]
             seconds += time.monotonic() - begun
             ids += sum(len(clip.ids) for clip in made)
-            verdicts = [judge(clip.clip.frames, clip.clip.samples) for clip in made if clip.clip is not None]
-            scores[split] = [_marks(row, verdict, clip) for verdict, clip in zip(verdicts, drawn, strict=True)]
-            shown = [clip.clip for clip in made[:SHOWN] if clip.clip is not None]
-            _sheet(output / f"{split}.png", shown, drawn, verdicts, scores[split])
+            clips = [clip.clip for clip in made if clip.clip is not None]
+            scores[split] = [_marks(row, clip, truth) for clip, truth in zip(clips, drawn, strict=True)]
+            verdicts = [judge(clip.frames, clip.samples) for clip in clips[:SHOWN]]
+            _sheet(output / f"{split}.png", clips[:SHOWN], drawn, verdicts, scores[split])
     finally:
         writer.close()
     overall = {split: _overall(marks) for split, marks in scores.items()}
@@ -129,7 +130,7 @@ def reconstruction(
             ((clip.clip, clip.attributes.as_dict()) for clip in drawn),
             bundle.video_tokenizer,
             bundle.audio_tokenizer,
-            _judge_clip,
+            judge_clip,
             num_examples=SHOWN,
             progress=lambda done, split=split: progress(done, count, split),  # type: ignore[misc]
         )
@@ -148,7 +149,7 @@ def reconstruction(
         )
         after = [clip for _, clip in report.examples]
         verdicts = [judge(clip.frames, clip.samples) for clip in after]
-        marks = [_all_marks(verdict, clip) for verdict, clip in zip(verdicts, drawn, strict=False)]
+        marks = [judge_clip(clip, truth.attributes.as_dict()) for clip, truth in zip(after, drawn, strict=False)]
         _sheet(output / f"{split}.png", after, drawn, verdicts, marks)
     return {"report": str(output), **found}
 
@@ -173,33 +174,29 @@ def _given(task: Task, drawn: ToyboxClip, pipeline: Pipeline) -> Clip | None:
     )
 
 
-def _judge_clip(clip: Clip, truth: Mapping[str, str]) -> dict[str, bool]:
-    verdict = judge(clip.frames, clip.samples)
-    sync = {} if verdict.sync_ok is None else {"sync": verdict.sync_ok}
-    return score(verdict, truth) | sync
-
-
-def _all_marks(verdict: Verdict, drawn: ToyboxClip) -> dict[str, bool]:
-    sync = {} if verdict.sync_ok is None else {"sync": verdict.sync_ok}
-    return score(verdict, drawn.attributes.as_dict()) | sync
-
-
-def _marks(task: Task, verdict: Verdict, drawn: ToyboxClip) -> dict[str, bool]:
-    """Marks of what the task writes."""
+def _marks(task: Task, clip: Clip, truth: ToyboxClip) -> dict[str, bool]:
+    """Marks of what the task writes. Where a sound was to follow a motion that is not seen, sync is wrong."""
     wanted = (SIGHT if task.writes_video else ()) + (SOUND if task.writes_audio else ())
-    both = ("sync",) if task.writes_video and task.writes_audio else ()
-    return {name: right for name, right in _all_marks(verdict, drawn).items() if name in wanted + both}
+    marks = {
+        name: right for name, right in judge_clip(clip, truth.attributes.as_dict()).items() if name in wanted + SYNC
+    }
+    asked = truth.attributes.motion in SYNCED_MOTIONS and truth.attributes.timbre != "silent"
+    if not (task.writes_video and task.writes_audio):
+        marks.pop("sync", None)
+    elif asked:
+        marks.setdefault("sync", False)
+    return marks
 
 
 def _overall(scores: Sequence[Mapping[str, bool]]) -> float:
     """Share of right marks over all attributes of all clips; sync is counted apart."""
-    marks = [right for one in scores for name, right in one.items() if name != "sync"]
+    marks = [right for one in scores for name, right in one.items() if name not in SYNC]
     return round(sum(marks) / len(marks), 4)
 
 
 def _kept(report: ReconstructionReport) -> float:
     """Of the attributes that were right before, the share that still is."""
-    counted = [agreement for name, agreement in report.agreement.items() if name != "sync"]
+    counted = [agreement for name, agreement in report.agreement.items() if name not in SYNC]
     return round(sum(one.after for one in counted) / max(1, sum(one.before for one in counted)), 4)
 
 
@@ -212,7 +209,7 @@ def _sheet(
 ) -> None:
     path.parent.mkdir(parents=True, exist_ok=True)
     entries = [
-        SheetEntry(clip=clip, caption=truth.caption, said=verdict.attributes(), marks=right)
+        SheetEntry(clip=clip, caption=truth.caption, said=verdict.as_text(), marks=right)
         for clip, truth, verdict, right in zip(clips, drawn, verdicts, marks, strict=False)
     ]
     contact_sheet(entries, path)

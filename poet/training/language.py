@@ -7,7 +7,7 @@ loader's. Batch `s` of the loader belongs to step `s`, so a resumed run repeats 
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from concurrent.futures import Future, ThreadPoolExecutor
 from pathlib import Path
 from typing import Any, Literal
@@ -25,7 +25,7 @@ from poet.model.attention import SceneLayout
 from poet.model.config import PoetConfig
 from poet.model.transformer import PoetTransformer
 from poet.training.loop import ExponentialMovingAverage, cosine_schedule
-from poet.training.losses import modality_means, target_losses
+from poet.training.losses import backward_from_targets, modality_means, target_losses
 
 __all__ = ["LanguageRecipe", "LanguageTraining", "ModelSize"]
 
@@ -66,6 +66,9 @@ class LanguageRecipe:
         num_steps: optimiser steps in all.
         batch_size: scenes a step.
         learning_rate: highest; a linear warm-up, then a cosine down to `learning_rate_floor` of it.
+        warmup_steps: steps of the linear rise.
+        learning_rate_floor: share of `learning_rate` that is left at the end.
+        beta2: of AdamW.
         weight_decay: of matrices; gains are not decayed.
         ema_decay: of the averaged weights, which are what is measured and exported.
         gradient_clip: largest norm of the gradient.
@@ -105,7 +108,16 @@ class LanguageRecipe:
 
 
 class LanguageTraining:
-    """A `Trainable` for `poet.training.loop.fit`."""
+    """A `Trainable` for `poet.training.loop.fit`.
+
+    Args:
+        recipe: how to train.
+        device: where to train.
+
+    Raises:
+        CheckpointError: bundle, shards or `start_from` are missing, damaged or of another vocabulary.
+        ConfigError: sizes or tasks that cannot be used, or other sizes than those of `start_from`.
+    """
 
     def __init__(self, recipe: LanguageRecipe, *, device: str | torch.device = "cpu") -> None:
         self.recipe, self.device = recipe, torch.device(device)
@@ -139,15 +151,13 @@ class LanguageTraining:
         for group in self.optimizer.param_groups:
             group["lr"] = rate
         loss_mask = batch["loss_mask"].to(self.device)
-        losses = self._losses(self.model, batch, loss_mask)
-        loss = losses.mean()
         self.optimizer.zero_grad(set_to_none=True)
-        loss.backward()
+        losses = self._losses(self.model, batch, loss_mask, backward_from_targets)
         norm = nn.utils.clip_grad_norm_(self.model.parameters(), recipe.gradient_clip)
         self.optimizer.step()
         self.average.update(self.model)
         return {
-            "loss": float(loss.detach()),
+            "loss": float(losses.mean()),
             **modality_means(losses, batch["modality"].to(self.device), loss_mask, MODALITIES),
             "gradient_norm": float(norm),
             "learning_rate": rate,
@@ -163,7 +173,7 @@ class LanguageTraining:
         for number in range(self.recipe.validation_batches):
             batch = self.validation.batch(number)
             loss_mask = batch["loss_mask"].to(self.device)
-            losses = self._losses(self.average.module, batch, loss_mask)
+            losses = self._losses(self.average.module, batch, loss_mask, target_losses)
             means = modality_means(losses, batch["modality"].to(self.device), loss_mask, MODALITIES)
             for name, value in {"loss": float(losses.mean()), **means}.items():
                 sums.setdefault(name, []).append(value)
@@ -240,7 +250,8 @@ class LanguageTraining:
             )
         self.model.load_state_dict({name: tensor.float() for name, tensor in load_file(start.weights).items()})
 
-    def _losses(self, model: nn.Module, batch: Batch, loss_mask: Tensor) -> Tensor:
+    def _losses(self, model: nn.Module, batch: Batch, loss_mask: Tensor, measure: Callable[..., Tensor]) -> Tensor:
+        """(P,) losses of a batch's targets by `target_losses` or `backward_from_targets`."""
         assert isinstance(model, PoetTransformer)
         ids = batch["ids"].to(self.device)
         layout = SceneLayout.from_prefix_lengths(
@@ -248,7 +259,7 @@ class LanguageTraining:
         )
         with torch.autocast(self.device.type, dtype=torch.bfloat16, enabled=self.recipe.precision == "bf16"):
             hidden = model(ids, layout)
-            return target_losses(hidden, ids, loss_mask, model.logits)
+            return measure(hidden, ids, loss_mask, model.logits)
 
     def _batch(self, step: int) -> Batch:
         """The step's batch; that of the next step is made meanwhile."""

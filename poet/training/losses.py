@@ -13,7 +13,7 @@ from torch import Tensor
 
 from poet.errors import ShapeError
 
-__all__ = ["modality_means", "target_losses"]
+__all__ = ["backward_from_targets", "modality_means", "target_losses"]
 
 
 def target_losses(
@@ -48,6 +48,39 @@ def target_losses(
         F.cross_entropy(logits(places[start : start + chunk]).float(), targets[start : start + chunk], reduction="none")
         for start in range(0, len(targets), chunk)
     ]
+    return torch.cat(parts)
+
+
+def backward_from_targets(
+    hidden: Tensor, ids: Tensor, loss_mask: Tensor, logits: Callable[[Tensor], Tensor], chunk: int = 1024
+) -> Tensor:
+    """`target_losses` and the gradient of their mean in one go, chunk by chunk.
+
+    The logits of one chunk are gone before those of the next are made, in the backward pass as well. On a CPU that
+    takes half the time of one large cross-entropy.
+
+    Args:
+        hidden: (B, L, C), the end of the graph that is to be differentiated.
+        ids: (B, L) int64.
+        loss_mask: (B, L) bool.
+        logits: (P, C) to (P, V).
+        chunk: targets at a time.
+
+    Returns:
+        (P,) float32 losses, detached; gradients have been added to everything that they depend on.
+    """
+    count = int(loss_mask.sum())
+    rows, columns = loss_mask.nonzero(as_tuple=True)
+    gradient, parts = torch.zeros_like(hidden), []
+    for start in range(0, count, chunk):
+        row, column = rows[start : start + chunk], columns[start : start + chunk]
+        piece = hidden.detach()[row, column - 1].requires_grad_()
+        losses = F.cross_entropy(logits(piece).float(), ids[row, column], reduction="none")
+        (losses.sum() / count).backward()
+        assert piece.grad is not None
+        gradient[row, column - 1] = piece.grad.to(gradient.dtype)
+        parts.append(losses.detach())
+    hidden.backward(gradient)
     return torch.cat(parts)
 
 
