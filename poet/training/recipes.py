@@ -95,11 +95,9 @@ def train(
 def _build(kind: str, values: Mapping[str, Any], device: str) -> tuple[Any, Trainable]:
     if kind == "video_tokenizer":
         video = build(VideoTokenizerRecipe, values)
-        sources = [
-            open_source(video.source, count=video.source_clips),
-            open_source(video.validation_source, count=video.validation_clips),
-        ]
-        return video, VideoTokenizerTraining(video, _Frames(sources[0]), _Frames(sources[1]), device=device)
+        size = (video.fps, video.num_frames, video.height, video.width)
+        source, validation = (_Frames(_open(name, *size)) for name in (video.source, video.validation_source))
+        return video, VideoTokenizerTraining(video, source, validation, device=device)
     if kind == "audio_tokenizer":
         audio = build(AudioTokenizerRecipe, values)
         return audio, AudioTokenizerTraining(audio, _sound, device)
@@ -125,13 +123,15 @@ class _Frames:
 
 
 @functools.lru_cache(maxsize=8)
-def _open_endless(name: str) -> ClipSource:
-    return open_source(name, count=ENDLESS if ":" in name else None)
+def _open(name: str, fps: float = 8.0, num_frames: int = 17, height: int = 64, width: int = 64) -> ClipSource:
+    """All clips of a source, which for one that is drawn is more than anybody can use."""
+    count = None if Path(name).exists() else ENDLESS
+    return open_source(name, count=count, fps=fps, num_frames=num_frames, height=height, width=width)
 
 
 def _sound(name: str, index: int) -> NDArray[np.float32]:
     """The sound of clip `index` of a source, gone through in turn."""
-    source = _open_endless(name)
+    source = _open(name)
     fast, place = getattr(source, "sound", None), index % len(source)
     samples: NDArray[np.float32] | None = source[place].clip.samples if fast is None else fast(place)
     if samples is None:
@@ -141,7 +141,7 @@ def _sound(name: str, index: int) -> NDArray[np.float32]:
 
 def _caption(name: str, index: int) -> str:
     """The caption of clip `index` of a source, gone through in turn."""
-    source = _open_endless(name)
+    source = _open(name)
     fast, place = getattr(source, "caption", None), index % len(source)
     caption: str | None = source[place].caption if fast is None else fast(place)
     if caption is None:

@@ -49,9 +49,17 @@ class VideoTokenizerRecipe:
         source_clips: how many of them to use; they are gone through in turn.
         validation_source: where validation clips come from.
         validation_clips: how many.
+        fps: frames a second that files are read at; drawn clips have their own rate and size.
+        num_frames: of a clip, 1 + a multiple of the temporal stride.
+        height: pixels.
+        width: pixels.
+        start_from: directory of a tokenizer whose weights to begin with; null starts from random weights.
         num_steps: optimiser steps in all.
         batch_size: B.
         learning_rate: highest; a linear warm-up, then a cosine down to `learning_rate_floor` of it.
+        warmup_steps: steps of the linear rise.
+        learning_rate_floor: share of `learning_rate` that is left at the end.
+        weight_decay: of every weight.
         ema_decay: of the averaged weights, which are what is measured and exported.
         l1_share: share of absolute error in the reconstruction loss; the rest is squared error.
         detail_strength: extra weight of places that differ from a clip's median colour.
@@ -74,6 +82,11 @@ class VideoTokenizerRecipe:
     source_clips: int = 1_000_000
     validation_source: str = "toybox:seen"
     validation_clips: int = 64
+    fps: float = 8.0
+    num_frames: int = 17
+    height: int = 64
+    width: int = 64
+    start_from: Path | None = None
     num_steps: int = 10_000
     batch_size: int = 8
     learning_rate: float = 1e-3
@@ -105,7 +118,17 @@ class VideoTokenizerRecipe:
 
 
 class VideoTokenizerTraining:
-    """A `Trainable` for `poet.training.loop.fit`."""
+    """A `Trainable` for `poet.training.loop.fit`.
+
+    Args:
+        recipe: how to train.
+        source: clips to learn from.
+        validation: clips to measure on, of the same shape.
+        device: where to train.
+
+    Raises:
+        ConfigError: clips whose size or length is not one that the codec's strides divide.
+    """
 
     def __init__(
         self,
@@ -117,7 +140,7 @@ class VideoTokenizerTraining:
     ) -> None:
         self.recipe, self.source, self.device = recipe, source, torch.device(device)
         torch.manual_seed(recipe.seed)
-        self.model = MagViT2(recipe.codec).to(self.device).train()
+        self.model = self._start().to(self.device).train()
         self.average = ExponentialMovingAverage(self.model, recipe.ema_decay)
         self.optimizer = _adam(self.model, recipe)
         self.discriminator: VideoDiscriminator | None = None
@@ -127,6 +150,7 @@ class VideoTokenizerTraining:
             self.lecam = LeCam()
         count = min(recipe.validation_clips, len(validation))
         self.validation = np.stack([validation.frames(index) for index in range(count)])
+        self._check_frames(self.validation[0])
         if recipe.compile:
             self.model.encoder.compile()
             self.model.decoder.compile()
@@ -134,7 +158,7 @@ class VideoTokenizerTraining:
         self.drawn: dict[int, Future[Tensor]] = {}
 
     def train_step(self, step: int) -> dict[str, float]:
-        """One optimiser step; returns losses, PSNR and the share of the batch's places that use distinct codes."""
+        """One optimiser step; returns losses, the batch's PSNR, entropies in nats a bit and the gradient's norm."""
         recipe = self.recipe
         video = self._batch(step)
         rate = recipe.learning_rate * cosine_schedule(
@@ -171,7 +195,12 @@ class VideoTokenizerTraining:
         }
 
     def validate(self, step: int) -> dict[str, float]:
-        """PSNR and code use of the averaged weights on the validation clips."""
+        """PSNR and code use of the averaged weights on the validation clips.
+
+        Returns:
+            psnr: mean over clips, in dB; psnr_of_mean_error: of the squared error averaged over all clips;
+            psnr_worst_tenth: which a tenth of the clips do not reach; and what `code_use` gives.
+        """
         scores: list[Tensor] = []
         codes: list[Tensor] = []
         tokenizer = self.average.module
@@ -219,6 +248,17 @@ class VideoTokenizerTraining:
         assert isinstance(self.average.module, MagViT2)
         self.average.module.save(directory)
 
+    def _start(self) -> MagViT2:
+        if self.recipe.start_from is None:
+            return MagViT2(self.recipe.codec)
+        model = MagViT2.load(self.recipe.start_from)
+        if model.config != self.recipe.codec:
+            raise ConfigError(
+                f"start_from {self.recipe.start_from} has the shape {model.config}, the recipe asks for "
+                f"{self.recipe.codec}. Give both the same codec."
+            )
+        return model
+
     def _quantizer_loss(self, quantized: Quantized, step: int) -> Tensor:
         recipe = self.recipe
         left = max(0.0, 1 - step / recipe.entropy_boost_steps) if recipe.entropy_boost_steps else 0.0
@@ -253,7 +293,21 @@ class VideoTokenizerTraining:
 
     def _draw(self, step: int) -> Tensor:
         first, count = step * self.recipe.batch_size, min(self.recipe.source_clips, len(self.source))
-        return to_video(np.stack([self.source.frames((first + i) % count) for i in range(self.recipe.batch_size)]))
+        clips = [self.source.frames((first + i) % count) for i in range(self.recipe.batch_size)]
+        for clip in clips:
+            self._check_frames(clip)
+        return to_video(np.stack(clips))
+
+    def _check_frames(self, clip: NDArray[np.uint8]) -> None:
+        """Training neither pads nor crops, so that every pixel of the loss is one of the clip."""
+        codec, shape = self.recipe.codec, self.validation.shape[1:]
+        fits = clip.ndim == 4 and (clip.shape[0] - 1) % codec.temporal_stride == 0 and clip.shape == shape
+        if not fits or clip.shape[1] % codec.spatial_stride or clip.shape[2] % codec.spatial_stride:
+            raise ConfigError(
+                f"clips to train on must all be (1 + k * {codec.temporal_stride}, height, width, 3) with height and "
+                f"width divisible by {codec.spatial_stride}, like the first of the validation clips, {shape}; got "
+                f"{clip.shape}. Bring them to one size and length first."
+            )
 
     def _autocast(self) -> torch.autocast:
         return torch.autocast(self.device.type, dtype=torch.bfloat16, enabled=self.recipe.precision == "bf16")

@@ -1,13 +1,13 @@
 #!/usr/bin/env bash
-# Trains the nano bundle from nothing. Every step goes on where it was stopped, so the script can be started again.
+# Trains the nano bundle from nothing (make nano). Every step goes on where it was stopped, so the script can be started again.
 #   DEVICE=cuda recipes/nano/train.sh     trains on a GPU, with longer runs (see the overrides below)
 set -euo pipefail
 cd "$(dirname "$0")/../.."
 export OMP_WAIT_POLICY=PASSIVE GOMP_SPINCOUNT=0
-POET=${POET:-.venv/bin/poet}
+POET=${POET:-poet}
 DEVICE=${DEVICE:-cpu}
 RUN=runs/nano
-CLIPS=48000
+CLIPS=16000
 VIDEO=() AUDIO=() LANGUAGE=()
 if [ "$DEVICE" = cuda ]; then
   CLIPS=200000
@@ -18,6 +18,7 @@ fi
 "$POET" train recipes/nano/text_tokenizer.yaml -o $RUN/text_tokenizer
 "$POET" train recipes/nano/audio_tokenizer.yaml -o $RUN/audio_tokenizer --device "$DEVICE" "${AUDIO[@]}"
 "$POET" train recipes/nano/video_tokenizer.yaml -o $RUN/video_tokenizer --device "$DEVICE" "${VIDEO[@]}"
+"$POET" train recipes/nano/video_tokenizer_detail.yaml -o $RUN/video_tokenizer_detail --device "$DEVICE" "${VIDEO[@]}"
 [ -d $RUN/tokenizers/export ] || "$POET" train recipes/nano/tokenizers.yaml -o $RUN/tokenizers
 "$POET" encode toybox:train --count $CLIPS --model $RUN/tokenizers/export -o $RUN/shards/train --device "$DEVICE"
 "$POET" encode toybox:seen --count 512 --start 100000 --model $RUN/tokenizers/export -o $RUN/shards/seen --device "$DEVICE"
