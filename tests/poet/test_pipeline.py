@@ -1,0 +1,167 @@
+"""The pipeline with an engine that needs no model: what is given, what is asked for, and how a clip is put together."""
+
+from collections.abc import Callable, Sequence
+
+import numpy as np
+import pytest
+
+from poet.bundle import Bundle
+from poet.errors import ConfigError
+from poet.generation.engine import GenerationRequest
+from poet.generation.pipeline import ClipRequest, Pipeline
+from poet.generation.sampling import SamplingConfig
+from poet.media import Clip
+from poet.sequence import GrammarState, unpack_prefix
+from poet.tasks import TASKS
+from poet.testing import tiny_bundle
+
+
+class DiceEngine:
+    """Draws any legal id; remembers what it was asked."""
+
+    name = "dice"
+
+    def __init__(self) -> None:
+        self.requests: list[GenerationRequest] = []
+
+    def generate(
+        self, requests: Sequence[GenerationRequest], progress: Callable[[int, int], None] | None = None
+    ) -> list[list[int]]:
+        self.requests += requests
+        outputs = []
+        for request in requests:
+            rng = np.random.default_rng(request.sampling.seed)
+            state, ids = GrammarState(request.grammar), []
+            while not state.done:
+                ids.append(int(rng.integers(state.low, state.high)))
+                state.advance(ids[-1])
+            outputs.append(ids)
+        return outputs
+
+    def close(self) -> None:
+        """Nothing to release."""
+
+
+@pytest.fixture(scope="module")
+def bundle(tmp_path_factory: pytest.TempPathFactory) -> Bundle:
+    directory = tmp_path_factory.mktemp("bundle") / "tiny"
+    tiny_bundle(directory)
+    return Bundle.open(directory)
+
+
+def make(bundle: Bundle) -> tuple[Pipeline, DiceEngine]:
+    engine = DiceEngine()
+    return Pipeline(bundle, engine), engine
+
+
+def given(pipeline: Pipeline, num_frames: int, *, sound: bool = False, seed: int = 0) -> Clip:
+    geometry, rng = pipeline.geometry, np.random.default_rng(seed)
+    samples = round(num_frames * geometry.sample_rate / geometry.fps)
+    return Clip(
+        frames=rng.integers(0, 255, (num_frames, geometry.height, geometry.width, 3), np.uint8),
+        fps=geometry.fps,
+        samples=rng.uniform(-0.5, 0.5, samples).astype(np.float32) if sound else None,
+        sample_rate=geometry.sample_rate,
+    )
+
+
+@pytest.mark.parametrize("name", [name for name, task in TASKS.items() if task.edit is None and not task.writes_text])
+def test_every_task_gives_a_clip_of_the_kind_it_promises(bundle: Bundle, name: str) -> None:
+    pipeline, _ = make(bundle)
+    task, geometry = TASKS[name], pipeline.geometry
+    frames = {"first_frame": 1, "first_frames": geometry.num_frames}.get(task.conditioning, geometry.num_frames)
+    clip = given(pipeline, frames, sound="audio" in task.inputs) if task.inputs & {"video", "audio"} else None
+    if clip is not None and "video" not in task.inputs:
+        clip = Clip(frames=None, fps=clip.fps, samples=clip.samples, sample_rate=clip.sample_rate)
+    [made] = pipeline.generate([ClipRequest(task=name, text="hi" if "text" in task.inputs else None, clip=clip)])
+    assert made.clip is not None
+    assert (made.clip.samples is not None) >= task.writes_audio
+    if task.outputs == "image":
+        assert made.clip.frames is not None
+        assert len(made.clip.frames) == 1
+    elif task.writes_video:
+        assert made.clip.frames is not None
+        new = geometry.num_frames - geometry.num_video_frames(task.default_condition(geometry.latent_shape[0]))
+        expected = geometry.num_frames + new if task.conditioning == "first_frames" else geometry.num_frames
+        assert len(made.clip.frames) == expected
+    if made.clip.frames is not None and made.clip.samples is not None and task.outputs != "image":
+        assert len(made.clip.samples) == round(len(made.clip.frames) * geometry.sample_rate / geometry.fps)
+
+
+def test_a_continuation_keeps_the_given_frames_and_sound_untouched(bundle: Bundle) -> None:
+    pipeline, _ = make(bundle)
+    clip = given(pipeline, pipeline.geometry.num_frames + 3, sound=True)
+    [made] = pipeline.generate([ClipRequest(task="video_continuation", clip=clip)])
+    assert made.clip is not None
+    assert clip.frames is not None
+    assert clip.samples is not None
+    np.testing.assert_array_equal(made.clip.frames[: len(clip.frames)], clip.frames)  # type: ignore[index]
+    np.testing.assert_array_equal(made.clip.samples[: len(clip.samples)], clip.samples)  # type: ignore[index]
+
+
+def test_the_last_frames_of_a_long_clip_are_what_is_continued(bundle: Bundle) -> None:
+    pipeline, engine = make(bundle)
+    long = given(pipeline, pipeline.geometry.num_frames + 7)
+    assert long.frames is not None
+    task = TASKS["video_continuation"]
+    context = pipeline.geometry.num_video_frames(task.default_condition(pipeline.geometry.latent_shape[0]))
+    short = Clip(frames=long.frames[-context:], fps=long.fps, samples=None, sample_rate=long.sample_rate)
+    pipeline.generate([ClipRequest(task="video_continuation", clip=clip) for clip in (long, short)])
+    assert engine.requests[0].prefix_ids == engine.requests[1].prefix_ids
+
+
+def test_requests_of_one_batch_do_not_change_each_other(bundle: Bundle) -> None:
+    pipeline, _ = make(bundle)
+    requests = [
+        ClipRequest(task=task, text="a b", sampling=SamplingConfig(seed=seed))
+        for seed, task in enumerate(("text_to_video_audio", "text_to_audio", "text_to_image", "text_to_video_audio"))
+    ]
+    together = pipeline.generate(requests)
+    for request, made in zip(requests, together, strict=True):
+        [alone] = pipeline.generate([request])
+        assert alone.ids == made.ids
+        assert alone.clip is not None
+        assert made.clip is not None
+        if alone.clip.frames is not None:
+            assert made.clip.frames is not None
+            assert abs(alone.clip.frames.astype(int) - made.clip.frames.astype(int)).max() <= 1  # rounding of a batch
+
+
+def test_the_text_of_the_request_is_in_the_prefix(bundle: Bundle) -> None:
+    pipeline, engine = make(bundle)
+    pipeline.generate([ClipRequest(task="text_to_audio", text="Käse 奶酪")])
+    scene = unpack_prefix(np.array(engine.requests[0].prefix_ids), bundle.vocabulary)
+    assert scene.text is not None
+    assert bundle.text_tokenizer.decode(list(scene.text)) == "Käse 奶酪"
+
+
+def test_a_missing_seed_is_drawn_and_recorded(bundle: Bundle) -> None:
+    pipeline, _ = make(bundle)
+    [made] = pipeline.generate([ClipRequest(task="unconditional")])
+    assert made.request.sampling.seed is not None
+    [again] = pipeline.generate([made.request])
+    assert again.metadata == made.metadata
+    assert made.metadata["seed"] == str(made.request.sampling.seed)
+
+
+def test_inputs_that_do_not_fit_the_task_are_refused_before_anything_is_written(bundle: Bundle) -> None:
+    pipeline, engine = make(bundle)
+    good = ClipRequest(task="unconditional")
+    for bad, said in (
+        (ClipRequest(task="text_to_video"), "needs text"),
+        (ClipRequest(task="unconditional", text="x"), "takes no text"),
+        (ClipRequest(task="image_to_video"), "needs video"),
+        (ClipRequest(task="text_to_audio", text="x" * 200_000), "100,000 characters"),
+        (ClipRequest(task="text_to_audio", text="x" * 5_000), "text pieces"),
+        (ClipRequest(task="video_to_audio", clip=given(pipeline, 3)), "frames"),
+    ):
+        with pytest.raises(ConfigError, match=said):
+            pipeline.generate([good, bad])
+    assert engine.requests == []
+
+
+def test_a_picture_of_another_size_is_refused(bundle: Bundle) -> None:
+    pipeline, _ = make(bundle)
+    clip = Clip(frames=np.zeros((1, 7, 11, 3), np.uint8), fps=8.0, samples=None, sample_rate=16_000)
+    with pytest.raises(ConfigError, match="pixels"):
+        pipeline.generate([ClipRequest(task="image_to_video", clip=clip)])
