@@ -45,9 +45,12 @@ class AudioTokenizerRecipe:
         source: name of the sounds to learn from, for whoever hands in the `SoundSource`.
         validation_source: name of the sounds to measure on.
         source_clips: distinct clips to learn from, drawn once, kept in memory and gone through in turn.
+        start_from: directory of a tokenizer, codebooks included, to begin with; null starts from random weights.
         num_steps: optimiser steps in all.
         batch_size: B, clips a step.
         num_samples: S, samples of each clip that a step sees; a stretch, on a hop's border, of longer clips.
+        hard_share: of a batch, how many clips are drawn in proportion to the error that they had when last seen; the
+            others are gone through in turn.
         start_share: of the stretches, how many are the start of their clip; the others lie anywhere in it.
         learning_rate: highest; reached after `warmup_steps`, then a cosine down to `learning_rate_floor` of it.
         warmup_steps: steps of the linear rise.
@@ -61,6 +64,7 @@ class AudioTokenizerRecipe:
         time_weight: share of the gradient that the mean square distance of samples has.
         mel_weight: share of the multi-scale mel loss.
         mel_windows: its transform lengths in samples.
+        mel_bands: its bands; with many, a tone differs from noise at high frequencies too.
         adversarial_weight: share of the discriminator's hinge loss; 0 trains without a discriminator.
         feature_weight: share of the discriminator's feature matching.
         adversarial_start: the step at which the discriminator joins.
@@ -76,9 +80,11 @@ class AudioTokenizerRecipe:
     source: str
     validation_source: str
     source_clips: int = 4_096
+    start_from: Path | None = None
     num_steps: int = 4_000
     batch_size: int = 8
     num_samples: int = 34_000
+    hard_share: float = 0.0
     start_share: float = 0.25
     learning_rate: float = 1e-3
     warmup_steps: int = 100
@@ -92,6 +98,7 @@ class AudioTokenizerRecipe:
     time_weight: float = 1.0
     mel_weight: float = 1.0
     mel_windows: tuple[int, ...] = (128, 512, 2048)
+    mel_bands: int = 64
     adversarial_weight: float = 0.0
     feature_weight: float = 1.0
     adversarial_start: int = 0
@@ -111,9 +118,16 @@ class AudioTokenizerRecipe:
             self._require(name, getattr(self, name) >= 0, "not be negative")
         for name in ("commitment_weight", "adversarial_weight"):
             self._require(name, getattr(self, name) >= 0, "not be negative")
-        for name in ("learning_rate", "time_weight", "mel_weight", "feature_weight", "discriminator_filters"):
+        for name in (
+            "learning_rate",
+            "time_weight",
+            "mel_weight",
+            "feature_weight",
+            "mel_bands",
+            "discriminator_filters",
+        ):
             self._require(name, getattr(self, name) > 0, "be above zero")
-        for name in ("start_share", "revival_end", "learning_rate_floor"):
+        for name in ("hard_share", "start_share", "revival_end", "learning_rate_floor"):
             self._require(name, 0 <= getattr(self, name) <= 1, "lie in [0, 1]")
         hop, levels = self.codec.hop_length, self.codec.num_codebooks
         self._require("ema_decay", 0 <= self.ema_decay < 1, "lie in [0, 1)")
@@ -134,9 +148,9 @@ class AudioTokenizerRecipe:
 class AudioTokenizerTraining:
     """A `Trainable` for `poet.training.loop.fit`.
 
-    Clip i of the batch of step s is clip (s * batch_size + i) % source_clips of the source, and every random
-    draw of a step comes from a generator seeded with (seed, step), so an interrupted run goes on exactly as it would
-    have.
+    The clips of a step that come in turn are counted round `source_clips`; the hard ones follow from errors that are
+    part of the state; and every random draw of a step comes from a generator seeded with (seed, step). So an
+    interrupted run goes on exactly as it would have.
 
     Args:
         recipe: how to train.
@@ -148,10 +162,11 @@ class AudioTokenizerTraining:
         self.recipe = recipe
         self.sounds = sounds
         self.device = torch.device(device)
+        self.errors = torch.zeros(recipe.source_clips, dtype=torch.float64)
         self._drawn: dict[int, NDArray[np.float32]] = {}
         weights = {"time": recipe.time_weight, "mel": recipe.mel_weight}
         with self._draws(-1):
-            self.model = EncodecTokenizer(recipe.codec).to(self.device).train()
+            self.model = self._start().to(self.device).train()
             self.discriminator: nn.Module | None = None
             if recipe.adversarial_weight > 0:
                 weights |= {"adversarial": recipe.adversarial_weight, "features": recipe.feature_weight}
@@ -165,6 +180,17 @@ class AudioTokenizerTraining:
             else None
         )
 
+    def _start(self) -> EncodecTokenizer:
+        if self.recipe.start_from is None:
+            return EncodecTokenizer(self.recipe.codec)
+        model = EncodecTokenizer.load(self.recipe.start_from)
+        if model.config != self.recipe.codec:
+            raise ConfigError(
+                f"start_from {self.recipe.start_from} has the shape {model.config}, the recipe asks for "
+                f"{self.recipe.codec}. Give both the same codec."
+            )
+        return model
+
     def train_step(self, step: int) -> dict[str, float]:
         """One optimiser step; returns the losses, the number of levels used and the codes moved."""
         with self._draws(step) as rng:
@@ -173,9 +199,9 @@ class AudioTokenizerTraining:
     def _train_step(self, step: int, rng: np.random.Generator) -> dict[str, float]:
         recipe = self.recipe
         self.model.train()
-        first = step * recipe.batch_size
-        target = self._training_batch(range(first, first + recipe.batch_size), rng)
-        if step == recipe.quantizer_start:
+        indices = self._choose(step, rng)
+        target = self._training_batch(indices, rng)
+        if step == recipe.quantizer_start and recipe.start_from is None:
             self.model.initialise_codebooks(self._training_batch(range(recipe.quantizer_start_clips), rng))
         shares = np.array(recipe.level_shares) / sum(recipe.level_shares)
         levels = int(rng.choice(len(shares), p=shares)) + 1 if step >= recipe.quantizer_start else 0
@@ -190,8 +216,11 @@ class AudioTokenizerTraining:
         losses = {
             # The square, not EnCodec's L1: its gradient leaves the clips that are right already and goes to the others.
             "time": (output - target).square().mean(),
-            "mel": audio_losses.multi_scale_mel_loss(output, target, recipe.codec.sample_rate, recipe.mel_windows),
+            "mel": audio_losses.multi_scale_mel_loss(
+                output, target, recipe.codec.sample_rate, recipe.mel_windows, recipe.mel_bands
+            ),
         }
+        self._remember_errors(indices, output, target)
         metrics = {"levels": float(levels), "codes_moved": float(moved)}
         if self.discriminator is not None and step >= recipe.adversarial_start:
             metrics |= self._adversarial(target, output, losses, rng)
@@ -234,6 +263,7 @@ class AudioTokenizerTraining:
             "average": self.average.state_dict(),
             "optimizer": self.optimizer.state_dict(),
             "balancer": self.balancer.state_dict(),
+            "errors": self.errors,
         }
         if self.discriminator is not None and self.discriminator_optimizer is not None:
             state["discriminator"] = self.discriminator.state_dict()
@@ -246,6 +276,7 @@ class AudioTokenizerTraining:
         self.average.load_state_dict(state["average"])
         self.optimizer.load_state_dict(state["optimizer"])
         self.balancer.load_state_dict(state["balancer"])
+        self.errors.copy_(state["errors"])
         if self.discriminator is not None and self.discriminator_optimizer is not None:
             self.discriminator.load_state_dict(state["discriminator"])
             self.discriminator_optimizer.load_state_dict(state["discriminator_optimizer"])
@@ -279,9 +310,27 @@ class AudioTokenizerTraining:
         losses["features"] = audio_losses.feature_matching_loss(real_features, fake_features)
         return metrics
 
-    def _training_batch(self, indices: range, rng: np.random.Generator) -> Tensor:
-        """Training clips `indices`, counted round the `source_clips`, as (B, 1, S) float32."""
-        for index in {index % self.recipe.source_clips for index in indices} - self._drawn.keys():
+    def _choose(self, step: int, rng: np.random.Generator) -> list[int]:
+        """The numbers of a step's clips: some in turn, the others the more likely the worse they came out last."""
+        recipe = self.recipe
+        hard = round(recipe.hard_share * recipe.batch_size) if step > 0 else 0
+        first = step * (recipe.batch_size - hard)
+        chosen = [index % recipe.source_clips for index in range(first, first + recipe.batch_size - hard)]
+        if hard:
+            odds = (self.errors / self.errors.sum()).numpy()
+            chosen += rng.choice(recipe.source_clips, size=hard, p=odds).tolist()
+        return chosen
+
+    @torch.no_grad()
+    def _remember_errors(self, indices: Sequence[int], output: Tensor, target: Tensor) -> None:
+        """Keep the power of each clip's error relative to the sound's, at most 1."""
+        power = target.square().mean(dim=(1, 2)) + _SILENT**2
+        errors = (output - target).square().mean(dim=(1, 2)) / power
+        self.errors[torch.as_tensor(indices)] = errors.clamp(1e-6, 1.0).double().cpu()
+
+    def _training_batch(self, indices: Sequence[int], rng: np.random.Generator) -> Tensor:
+        """Clips `indices` of the source, counted round `source_clips`, as (B, 1, S) float32; each is drawn once."""
+        for index in sorted({index % self.recipe.source_clips for index in indices} - self._drawn.keys()):
             self._drawn[index] = self.sounds(self.recipe.source, index)
         sounds = [self._drawn[index % self.recipe.source_clips] for index in indices]
         return self._stack(sounds, self.recipe.num_samples, rng)
