@@ -1,0 +1,100 @@
+"""recipes/benchmarks: command lines, the arithmetic of the comparison, and our own side on two clips.
+
+The peers live in environments of their own, so their sides are not run here.
+"""
+
+import importlib.util
+import math
+import subprocess
+import sys
+from pathlib import Path
+from types import ModuleType
+
+import numpy as np
+import pytest
+
+BENCHMARKS = Path(__file__).resolve().parents[2] / "recipes" / "benchmarks"
+
+
+@pytest.fixture(scope="module")
+def codec() -> ModuleType:
+    name = "codec_versus_magvit2_pytorch"
+    spec = importlib.util.spec_from_file_location(name, BENCHMARKS / f"{name}.py")
+    assert spec is not None
+    assert spec.loader is not None
+    module = importlib.util.module_from_spec(spec)
+    sys.modules[name] = module  # dataclasses look their module up
+    spec.loader.exec_module(module)
+    return module
+
+
+def test_options_have_defaults_and_fewer_clips_than_one_batch_are_refused(
+    codec: ModuleType, capsys: pytest.CaptureFixture[str]
+) -> None:
+    options = codec.parse([])
+    assert options.sizes == [64, 128]
+    assert len(options.peer_learning_rates) >= 2
+    assert codec.parse(["--sizes", "64", "--rounds", "3"]).rounds == 3
+    with pytest.raises(SystemExit):
+        codec.parse(["--training-clips", "3", "--batch-size", "5"])
+    assert "at least one batch of 5" in capsys.readouterr().err
+
+
+def test_the_ratio_is_the_median_of_the_rounds_ratios(codec: ModuleType) -> None:
+    def answer(encode: float, decode: float) -> dict[str, float]:
+        return {"frames": 34.0, "encode": encode, "decode": decode}
+
+    rounds = {"poet": [answer(1, 1), answer(2, 3), answer(1, 2)], "peer": [answer(7, 7), answer(7, 3), answer(11, 10)]}
+    found = codec.compare_speed(rounds)
+    assert found["both"]["ratio"] == 7
+    assert (found["both"]["lowest_ratio"], found["both"]["highest_ratio"]) == (2, 7)
+    assert found["both"]["frames_per_cpu_second"]["poet"] == pytest.approx(34 / 3, abs=0.01)
+    assert found["encode"]["ratio"] == 7
+    assert found["decode"]["ratio"] == 5
+
+
+def test_our_worker_learns_from_two_clips_and_is_timed(codec: ModuleType, tmp_path: Path) -> None:
+    clips = codec.draw_clips("train", 2, 64)
+    assert clips.shape == (2, 17, 64, 64, 3)
+    np.save(tmp_path / "clips.npy", clips)
+    file = str(tmp_path / "clips.npy")
+    worker = codec.Worker("poet", Path(sys.executable))
+    try:
+        about = worker.ask("describe")
+        speed = worker.ask("time", size=64, precision="fp32", clips=file)
+        plan = {"batch_size": 1, "learning_rate": None, "seed": 0}
+        trained = worker.ask("train", plan=plan, clips=file, held_out=file)
+    finally:
+        worker.close()
+    assert about["codes_of_a_clip"] == [5, 8, 8]
+    assert about["bits_per_code"] == 12
+    assert speed["frames"] == 34
+    assert min(speed["encode"], speed["decode"], trained["cpu_seconds"]) > 0
+    assert set(trained["psnr_by_weights"]) == {"last", "averaged"}
+    assert trained["psnr"] == pytest.approx(max(trained["psnr_by_weights"].values()), abs=0.001)
+    assert math.isfinite(trained["psnr"])
+
+
+def test_clips_of_a_larger_size_are_the_same_pictures(codec: ModuleType) -> None:
+    small, large = codec.draw_clips("seen", 1, 64), codec.draw_clips("seen", 1, 192)
+    assert large.shape == (1, 17, 192, 192, 3)
+    np.testing.assert_array_equal(large[:, :, 1::3, 2::3], small)
+    with pytest.raises(SystemExit, match="multiples of 64"):
+        codec.draw_clips("seen", 1, 96)
+
+
+def test_a_missing_peer_is_named_with_what_to_do(tmp_path: Path) -> None:
+    script = BENCHMARKS / "codec_versus_magvit2_pytorch.py"
+    command = [sys.executable, str(script), "--peer-environment", str(tmp_path / "nowhere")]
+    done = subprocess.run(command, capture_output=True, text=True, check=False)
+    assert done.returncode == 1
+    assert "--make-environment" in done.stderr
+
+
+def test_benchmarks_can_be_skipped_by_name() -> None:
+    environment = {"SKIP_CODEC": "1", "SKIP_VLLM": "1", "PATH": "/usr/bin:/bin"}
+    command = ["bash", str(BENCHMARKS / "run.sh")]
+    done = subprocess.run(command, capture_output=True, text=True, check=False, env=environment)
+    assert done.returncode == 0, done.stderr
+    assert "SKIP_CODEC" in done.stdout
+    assert "SKIP_VLLM" in done.stdout
