@@ -263,8 +263,9 @@ class AudioTokenizerTraining:
             "average": self.average.state_dict(),
             "optimizer": self.optimizer.state_dict(),
             "balancer": self.balancer.state_dict(),
-            "errors": self.errors,
         }
+        if self.recipe.hard_share > 0:
+            state["errors"] = self.errors
         if self.discriminator is not None and self.discriminator_optimizer is not None:
             state["discriminator"] = self.discriminator.state_dict()
             state["discriminator_optimizer"] = self.discriminator_optimizer.state_dict()
@@ -276,7 +277,8 @@ class AudioTokenizerTraining:
         self.average.load_state_dict(state["average"])
         self.optimizer.load_state_dict(state["optimizer"])
         self.balancer.load_state_dict(state["balancer"])
-        self.errors.copy_(state["errors"])
+        if self.recipe.hard_share > 0:
+            self.errors.copy_(state["errors"])
         if self.discriminator is not None and self.discriminator_optimizer is not None:
             self.discriminator.load_state_dict(state["discriminator"])
             self.discriminator_optimizer.load_state_dict(state["discriminator_optimizer"])

@@ -111,6 +111,40 @@ def test_batches_count_through_the_clips_and_begin_again() -> None:
     assert sorted(asked) == [0, 1, 2, 3, 4]  # each is drawn once and kept
 
 
+def test_hard_clips_come_again_more_often_than_easy_ones() -> None:
+    training = AudioTokenizerTraining(_recipe(hard_share=0.5, batch_size=8, source_clips=50), _sounds)
+    rng = np.random.default_rng(0)
+    assert training._choose(0, rng) == list(range(8))  # nothing has been seen yet
+    training.errors[:] = 1e-6
+    training.errors[41] = 1.0
+    assert training._choose(3, rng) == [12, 13, 14, 15, 41, 41, 41, 41]
+
+
+def test_errors_are_remembered_by_clip_and_survive_a_checkpoint() -> None:
+    training = AudioTokenizerTraining(_recipe(hard_share=0.5, batch_size=2), _sounds)
+    training.train_step(0)
+    assert (training.errors[:2] > 0).all()
+    assert (training.errors[2:] == 0).all()
+    other = AudioTokenizerTraining(_recipe(hard_share=0.5, batch_size=2), _sounds)
+    other.load_state_dict(copy.deepcopy(training.state_dict()))
+    assert other.train_step(1) == training.train_step(1)
+
+
+def test_a_second_stage_starts_from_the_codec_it_names(tmp_path: Path) -> None:
+    first = AudioTokenizerTraining(_recipe(), _sounds)
+    for step in range(4):
+        first.train_step(step)
+    first.export(tmp_path)
+    recipe = _recipe(start_from=tmp_path, quantizer_start=0)
+    second = AudioTokenizerTraining(recipe, _sounds)
+    for name, tensor in EncodecTokenizer.load(tmp_path).final_tensors().items():
+        assert torch.equal(second.model.state_dict()[name], tensor), name
+    assert second.train_step(0)["levels"] > 0
+    with pytest.raises(ConfigError, match="start_from"):
+        AudioTokenizerTraining(_recipe(start_from=tmp_path, codec=EncodecConfig(), num_samples=16_000,
+                                       level_shares=(1, 1, 1, 1)), _sounds)  # fmt: skip
+
+
 def test_quantisation_begins_at_its_step_with_levels_in_their_shares() -> None:
     training = AudioTokenizerTraining(_recipe(level_shares=(0, 1, 1)), _sounds)
     levels = [training.train_step(step)["levels"] for step in range(6)]
@@ -185,6 +219,8 @@ def test_measuring_tells_silence_from_sound() -> None:
         {"level_shares": (0, 0, 0)},
         {"learning_rate": 0.0},
         {"start_share": 1.5},
+        {"hard_share": -0.1},
+        {"mel_bands": 0},
         {"quantizer_start": -1},
         {"mel_windows": ()},
         {"adversarial_weight": -1.0},
