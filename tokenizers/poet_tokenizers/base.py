@@ -42,7 +42,7 @@ class VideoSpec:
         """
         if num_frames < 1 or (num_frames - 1) % self.temporal_stride:
             raise ShapeError(
-                f"a clip must have 1 + k * {self.temporal_stride} frames, got {num_frames}. Crop or pad it in time first."
+                f"a clip must have 1 + k * {self.temporal_stride} frames, got {num_frames}. Crop or pad it in time."
             )
         if height < 1 or width < 1:
             raise ShapeError(f"height and width must be positive, got {height} x {width}.")
