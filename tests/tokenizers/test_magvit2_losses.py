@@ -57,7 +57,12 @@ def test_reconstruction_loss_does_not_broadcast() -> None:
 
 @pytest.mark.parametrize(
     ("real", "fake", "loss"),
-    [([1.0, 2.0], [-1.0, -7.0], 0.0), ([0.0, 0.0], [0.0, 0.0], 2.0), ([-1.0, 3.0], [1.0, -3.0], 2.0), ([1.0], [4.0], 5.0)],
+    [
+        ([1.0, 2.0], [-1.0, -7.0], 0.0),
+        ([0.0, 0.0], [0.0, 0.0], 2.0),
+        ([-1.0, 3.0], [1.0, -3.0], 2.0),
+        ([1.0], [4.0], 5.0),
+    ],
 )
 def test_hinge_loss_has_its_known_values(real: list[float], fake: list[float], loss: float) -> None:
     assert float(hinge_loss(torch.tensor(real), torch.tensor(fake))) == loss
@@ -116,6 +121,28 @@ def test_discriminator_works_in_bf16_autocast() -> None:
         scores = _discriminator()(video)
     assert scores.dtype == torch.float32
     torch.testing.assert_close(scores, _discriminator()(video), atol=0.05, rtol=0)
+
+
+@pytest.mark.parametrize("num_frames", [1, 2, 3, 5])
+def test_gradients_in_bf16_are_those_in_fp32_whatever_memory_held_before(num_frames: int) -> None:
+    """A block that saw two frames had weights' gradients made of leftover memory, some of them 1e30."""
+
+    def discriminator() -> VideoDiscriminator:
+        torch.manual_seed(0)
+        return VideoDiscriminator(channels=16, channel_multipliers=(1, 1, 1))
+
+    exact, video = discriminator(), torch.rand(B, 3, num_frames, 16, 24) * 2 - 1
+    exact(video).sum().backward()
+    for leftover in (0.0, 1e4, -1e30):
+        half = discriminator()
+        held = [torch.full((2**size,), leftover) for size in range(10, 19) for _ in range(3)]
+        del held
+        with torch.autocast("cpu", dtype=torch.bfloat16):
+            scores = half(video)
+        scores.sum().backward()
+        for (name, weight), expected in zip(half.named_parameters(), exact.parameters(), strict=True):
+            assert weight.grad is not None and expected.grad is not None
+            assert float((weight.grad - expected.grad).abs().max() / expected.grad.abs().max()) < 0.2, name
 
 
 def test_gradients_reach_the_clip_and_every_weight_of_the_discriminator() -> None:
