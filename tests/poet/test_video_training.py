@@ -115,7 +115,7 @@ def test_a_tiny_codec_overfits_one_clip_through_its_codes() -> None:
     recipe = VideoTokenizerRecipe(
         codec=codec,
         validation_clips=1,
-        num_steps=200,
+        num_steps=320,
         batch_size=1,
         learning_rate=5e-3,
         warmup_steps=20,
@@ -133,7 +133,7 @@ def test_a_tiny_codec_overfits_one_clip_through_its_codes() -> None:
     for step in range(recipe.num_steps):
         training.train_step(step)
     measured = training.validate(recipe.num_steps)
-    assert measured["psnr"] > 25
+    assert measured["psnr"] > 26
     assert measured["codes_used"] > 20
 
 

@@ -1,0 +1,305 @@
+"""Training the language model: it learns, can be killed, and never takes codes of another vocabulary."""
+
+from __future__ import annotations
+
+import dataclasses
+import multiprocessing
+import os
+import signal
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+import torch.nn.functional as F
+from safetensors.torch import load_file
+from torch import Tensor, nn
+
+from poet.bundle import Bundle
+from poet.data.clips import SourceClip
+from poet.data.encode import encode_source
+from poet.errors import CheckpointError, ConfigError, ShapeError
+from poet.media import Clip
+from poet.model.weights import load_transformer
+from poet.testing import tiny_tokenizer_bundle
+from poet.training.language import LanguageRecipe, LanguageTraining, ModelSize
+from poet.training.loop import LoopConfig, fit
+from poet.training.losses import modality_means, target_losses
+from poet.training.recipes import train
+
+CLIPS, BATCH = 7, 3
+SIZES = ModelSize(
+    hidden_size=48,
+    ffn_hidden_size=80,
+    num_layers=2,
+    num_heads=4,
+    num_kv_heads=2,
+    head_dim=16,
+    scene_length=256,
+    max_position_embeddings=1024,
+)
+LOOP = LoopConfig(num_steps=8, log_every=3, validate_every=4, checkpoint_seconds=0)
+
+
+class Waves:
+    """Clip i is a colour and a tone that i decides: 5 frames of 24 x 40 pixels and 1,000 samples."""
+
+    name = "waves"
+
+    def __len__(self) -> int:
+        return CLIPS
+
+    def __getitem__(self, index: int) -> SourceClip:
+        rng = np.random.default_rng(index)
+        frames = np.broadcast_to(rng.integers(0, 256, (1, 3, 5, 3)), (5, 3, 5, 3)).astype(np.uint8)
+        frames = frames.repeat(8, axis=1).repeat(8, axis=2)
+        samples = 0.5 * np.sin(np.arange(1000) * (0.1 + 0.05 * index)).astype(np.float32)
+        return SourceClip(f"clip-{index}", Clip(frames, 8.0, samples, 1600), f"a red star {'rises' * index}")
+
+
+@dataclasses.dataclass(frozen=True)
+class Ground:
+    """What every test stands on."""
+
+    bundle: Path
+    shards: Path
+    foreign_bundle: Path
+    foreign_shards: Path
+
+    def recipe(self, **changes: Any) -> LanguageRecipe:
+        values: dict[str, Any] = {
+            "bundle": self.bundle,
+            "shards": self.shards,
+            "validation_shards": self.shards,
+            "model": SIZES,
+            "tasks": {"text_to_video_audio": 2.0, "captioning": 1.0},
+            "num_steps": 8,
+            "batch_size": BATCH,
+            "warmup_steps": 3,
+            "validation_batches": 2,
+        }
+        return LanguageRecipe(**values | changes)
+
+    def training(self, **changes: Any) -> LanguageTraining:
+        return LanguageTraining(self.recipe(**changes))
+
+
+@pytest.fixture(scope="module")
+def ground(tmp_path_factory: pytest.TempPathFactory) -> Ground:
+    directory = tmp_path_factory.mktemp("ground")
+    for name, seed in (("own", 0), ("foreign", 1)):
+        bundle = tiny_tokenizer_bundle(directory / name, seed=seed)
+        encode_source(Waves(), bundle, directory / f"{name}_shards")
+    return Ground(directory / "own", directory / "own_shards", directory / "foreign", directory / "foreign_shards")
+
+
+def _weights(training: LanguageTraining) -> dict[str, Tensor]:
+    parts = {"model": training.model, "average": training.average.module}
+    return {
+        f"{part}.{name}": weight.detach().clone()
+        for part, module in parts.items()
+        for name, weight in module.named_parameters()
+    }
+
+
+def _same(left: Mapping[str, Tensor], right: Mapping[str, Tensor]) -> bool:
+    assert left.keys() == right.keys()
+    return all(torch.equal(left[name], right[name]) for name in left)
+
+
+def test_target_losses_are_cross_entropies_read_one_place_before() -> None:
+    B, L, C, V = 2, 7, 5, 11
+    torch.manual_seed(0)
+    hidden, ids, head = torch.randn(B, L, C), torch.randint(V, (B, L)), nn.Linear(C, V)
+    mask = torch.zeros(B, L, dtype=torch.bool)
+    mask[0, 3:6], mask[1, 1], mask[1, 6] = True, True, True
+    expected = [
+        -F.log_softmax(head(hidden[b, i - 1]), dim=0)[ids[b, i]] for b in range(B) for i in range(L) if mask[b, i]
+    ]
+    for chunk in (1, 2, 5, 4096):
+        losses = target_losses(hidden, ids, mask, head, chunk=chunk)
+        torch.testing.assert_close(losses, torch.stack(expected))
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        (lambda hidden, ids, mask: (hidden[:, 1:], ids, mask), r"\(B, L, C\), \(B, L\), \(B, L\)"),
+        (lambda hidden, ids, mask: (hidden, ids, mask[:1]), r"\(B, L, C\), \(B, L\), \(B, L\)"),
+        (lambda hidden, ids, mask: (hidden, ids, mask & False), "at least one target"),
+        (lambda hidden, ids, mask: (hidden, ids, mask | True), "none at place 0"),
+    ],
+)
+def test_targets_that_cannot_be_predicted_are_refused(change: Any, message: str) -> None:
+    mask = torch.ones(2, 7, dtype=torch.bool)
+    mask[:, 0] = False
+    hidden, ids, mask = change(torch.zeros(2, 7, 5), torch.zeros(2, 7, dtype=torch.int64), mask)
+    with pytest.raises(ShapeError, match=message):
+        target_losses(hidden, ids, mask, nn.Linear(5, 11))
+
+
+def test_modality_means_are_over_the_targets_of_each_kind() -> None:
+    modality = torch.tensor([[0, 2, 2, 3], [1, 2, 3, 3]])
+    mask = torch.tensor([[False, True, True, True], [False, False, True, True]])
+    losses = torch.tensor([1.0, 2.0, 4.0, 5.0, 9.0])  # of kinds 2, 2, 3, 3, 3
+    means = modality_means(losses, modality, mask, ("special", "text", "video", "audio"))
+    assert means == {"video_loss": 1.5, "audio_loss": 6.0}
+
+
+def test_losses_fall_and_come_by_modality(ground: Ground) -> None:
+    training = ground.training(num_steps=40, batch_size=CLIPS, learning_rate=1e-2, text_dropout=0.0, ema_decay=0.5)
+    first = training.train_step(0)
+    assert {"loss", "special_loss", "text_loss", "video_loss", "audio_loss", "ids", "padding_share"} <= first.keys()
+    # Untrained, the whole padded vocabulary is about equally likely; tied embeddings favour the id that stands before.
+    assert first["loss"] == pytest.approx(np.log(training.config.vocab_size), rel=0.1)
+    before = training.validate(0)
+    for step in range(1, 40):
+        last = training.train_step(step)
+    after = training.validate(40)
+    assert last["loss"] < 0.6 * first["loss"]
+    for name in ("loss", "text_loss", "video_loss", "audio_loss"):
+        assert after[name] < 0.8 * before[name], name
+    assert last["epoch"] == 39
+
+
+def test_the_loss_is_the_mean_of_its_modalities_weighted_by_their_targets(ground: Ground) -> None:
+    training = ground.training(precision="fp32")
+    batch = training.loader.batch(0)
+    metrics = training.train_step(0)
+    kinds = batch["modality"][batch["loss_mask"]]
+    names = ("special", "text", "video", "audio")
+    expected = sum(
+        metrics[f"{name}_loss"] * float((kinds == place).float().mean())
+        for place, name in enumerate(names)
+        if f"{name}_loss" in metrics
+    )
+    assert metrics["loss"] == pytest.approx(expected, rel=1e-5)
+    assert metrics["ids"] == float(batch["lengths"].sum())
+    assert 0 <= metrics["padding_share"] < 1
+
+
+@pytest.mark.parametrize("precision", ["bf16", "fp32"])
+def test_a_killed_run_goes_on_to_the_last_digit(precision: str, ground: Ground, tmp_path: Path) -> None:
+    whole = ground.training(precision=precision)
+    fit(whole, LOOP, tmp_path / "whole")
+
+    def killed() -> None:
+        training = ground.training(precision=precision)
+        step = training.train_step
+        training.train_step = lambda n: os.kill(os.getpid(), signal.SIGKILL) or {} if n == 5 else step(n)  # type: ignore[method-assign]
+        fit(training, LOOP, tmp_path / "killed")
+
+    process = multiprocessing.get_context("fork").Process(target=killed)
+    process.start()
+    process.join()
+    assert process.exitcode == -signal.SIGKILL
+    resumed = ground.training(precision=precision)
+    with torch.no_grad():
+        resumed.model.model.embed_tokens.weight.zero_()  # its own first weights must not matter
+    assert fit(resumed, LOOP, tmp_path / "killed").finished
+    files = [(tmp_path / run / "metrics.jsonl").read_bytes() for run in ("whole", "killed")]
+    assert files[0] == files[1]
+    assert _same(_weights(whole), _weights(resumed))
+
+
+def test_validation_does_not_disturb_training(ground: Ground) -> None:
+    plain, measured = ground.training(), ground.training()
+    for step in range(4):
+        plain.train_step(step)
+        measured.train_step(step)
+        assert measured.validate(step) == measured.validate(step)
+    assert _same(_weights(plain), _weights(measured))
+
+
+def test_gains_are_not_decayed(ground: Ground) -> None:
+    training = ground.training()
+    decays = {
+        id(weight): group["weight_decay"] for group in training.optimizer.param_groups for weight in group["params"]
+    }
+    for name, weight in training.model.named_parameters():
+        assert decays[id(weight)] == (0 if "norm" in name else training.recipe.weight_decay), name
+
+
+@pytest.mark.parametrize("tied", [True, False])
+def test_the_export_is_a_bundle_with_the_averaged_weights(tied: bool, ground: Ground, tmp_path: Path) -> None:
+    training = ground.training(model=dataclasses.replace(SIZES, tie_embeddings=tied))
+    for step in range(3):
+        training.train_step(step)
+    training.export(tmp_path / "bundle")
+    training.export(tmp_path / "bundle")  # as a finished run that is started again does
+    bundle = Bundle.open(tmp_path / "bundle")
+    assert bundle.fingerprint == training.bundle.fingerprint
+    assert bundle.model_config == training.config
+    tensors = load_file(bundle.weights)
+    averages = dict(training.average.module.named_parameters())
+    assert tensors.keys() == averages.keys()
+    for name, tensor in tensors.items():
+        assert tensor.dtype == torch.bfloat16
+        assert torch.equal(tensor, averages[name].bfloat16()), name
+    model = load_transformer(bundle.path, dtype=torch.float32)
+    assert torch.equal(model.model.norm.weight, averages["model.norm.weight"].bfloat16().float())
+
+
+def test_a_run_can_start_from_a_bundles_weights(ground: Ground, tmp_path: Path) -> None:
+    first = ground.training(export_dtype="float32")
+    for step in range(2):
+        first.train_step(step)
+    first.export(tmp_path / "bundle")
+    second = ground.training(start_from=tmp_path / "bundle", seed=5)
+    for name, weight in second.model.named_parameters():
+        assert torch.equal(weight, first.average.module.get_parameter(name)), name
+    assert _same(second.model.state_dict(), second.average.module.state_dict())
+    with pytest.raises(ConfigError, match=r"start_from .* has the sizes .*num_layers=2.* asks for .*num_layers=3"):
+        ground.training(start_from=tmp_path / "bundle", model=dataclasses.replace(SIZES, num_layers=3))
+    foreign = dataclasses.replace(ground, bundle=ground.foreign_bundle, shards=ground.foreign_shards)
+    with pytest.raises(CheckpointError, match="their ids mean different things"):
+        foreign.training(start_from=tmp_path / "bundle")
+
+
+def test_shards_of_another_vocabulary_are_refused(ground: Ground) -> None:
+    for name in ("shards", "validation_shards"):
+        with pytest.raises(CheckpointError, match="must hold codes of the vocabulary"):
+            ground.training(**{name: ground.foreign_shards})
+
+
+def test_a_checkpoint_of_another_vocabulary_or_order_is_refused(ground: Ground, tmp_path: Path) -> None:
+    fit(ground.training(num_steps=1), LoopConfig(num_steps=1), tmp_path)
+    foreign = dataclasses.replace(ground, bundle=ground.foreign_bundle, shards=ground.foreign_shards)
+    with pytest.raises(CheckpointError, match="Name the bundle it was begun with"):
+        fit(foreign.training(), LOOP, tmp_path)
+    with pytest.raises(ConfigError, match="micro_batch_size was 3, is 2"):
+        fit(ground.training(batch_size=2), LOOP, tmp_path)
+    with pytest.raises(CheckpointError, match="does not fit what is being trained"):
+        fit(ground.training(model=dataclasses.replace(SIZES, hidden_size=64)), LOOP, tmp_path)
+
+
+def test_a_scene_longer_than_the_model_is_refused(ground: Ground) -> None:
+    training = ground.training(model=dataclasses.replace(SIZES, scene_length=50))
+    with pytest.raises(ShapeError, match="at most 50 ids"):
+        training.train_step(0)
+
+
+@pytest.mark.parametrize(
+    "change", [{"num_steps": 0}, {"batch_size": 0}, {"validation_batches": 0}, {"learning_rate": -1.0}]
+)
+def test_a_recipe_that_cannot_be_trained_is_refused(change: dict[str, Any], ground: Ground) -> None:
+    with pytest.raises(ConfigError, match="must be positive"):
+        ground.recipe(**change)
+
+
+def test_a_recipe_file_trains_and_a_run_keeps_its_recipe(ground: Ground, tmp_path: Path) -> None:
+    sizes = ", ".join(f"{name}: {str(value).lower()}" for name, value in dataclasses.asdict(SIZES).items())
+    file, run = tmp_path / "recipe.yaml", tmp_path / "run"
+    file.write_text(
+        f"train: language\nbundle: {ground.bundle}\nshards: {ground.shards}\nvalidation_shards: {ground.shards}\n"
+        f"model: {{{sizes}}}\ntasks: {{text_to_audio: 1}}\nnum_steps: 2\nbatch_size: {BATCH}\nlearning_rate: 1e-3\n"
+    )
+    result = train(file, ["validation_batches=1"], run)
+    assert (result.step, result.finished) == (2, True)
+    assert {"loss", "audio_loss", "validation_loss"} <= result.metrics.keys()
+    assert "video_loss" not in result.metrics
+    assert Bundle.open(run / "export").model_config.hidden_size == 48
+    with pytest.raises(ConfigError, match="another recipe: num_steps was 2, is 3; validation_batches was 1, is 8"):
+        train(file, ["num_steps=3"], run)
