@@ -391,7 +391,8 @@ def hardware() -> dict[str, Any]:
 
 def commit() -> str:
     """The repository's commit, marked where what is measured differs from it."""
-    measured = ["recipes/benchmarks", "recipes/nano", "poet/training", "tokenizers/poet_tokenizers/magvit2"]
+    training = [f"poet/training/{name}.py" for name in ("config", "loop", "video_tokenizer")]
+    measured = [__file__, str(RECIPE), *training, "tokenizers/poet_tokenizers/magvit2"]
     try:
         head = subprocess.check_output(["git", "rev-parse", "--short", "HEAD"], cwd=ROOT, text=True).strip()
         changed = subprocess.check_output(["git", "status", "--porcelain", "--", *measured], cwd=ROOT, text=True)
@@ -471,7 +472,7 @@ def main() -> None:
     interpreter = options.peer_environment / "bin" / "python"
     if not interpreter.exists():
         sys.exit(f"{PEER} must be installed in {options.peer_environment}; run this script with --make-environment.")
-    about = hardware()
+    begun = {"commit": commit(), "hardware": hardware()}
     workers = [Worker("poet", Path(sys.executable)), Worker("peer", interpreter)]
     with tempfile.TemporaryDirectory() as folder:
         sides = {worker.name: worker.ask("describe") for worker in workers}
@@ -482,8 +483,7 @@ def main() -> None:
     kept = ("sizes", "timing_clips", "rounds", "training_clips", "held_out_clips", "batch_size", "seed")
     report = {
         "date": datetime.datetime.now(datetime.UTC).date().isoformat(),
-        "commit": commit(),
-        "hardware": about,
+        **begun,
         "settings": {name: getattr(options, name) for name in kept},
         "sides": sides,
         "speed": speed,
