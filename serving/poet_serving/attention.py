@@ -17,7 +17,7 @@ from typing import Any
 
 import numpy as np
 import torch
-from vllm.config import VllmConfig
+from vllm.config import CompilationMode, VllmConfig, get_current_vllm_config
 from vllm.model_executor.layers.attention import Attention
 from vllm.platforms import current_platform
 from vllm.v1.attention.backend import CommonAttentionMetadata, subclass_attention_backend
@@ -26,7 +26,7 @@ from vllm.v1.kv_cache_interface import FullAttentionSpec, KVCacheSpec
 
 from poet.errors import ConfigError
 
-__all__ = ["PROMPT_LENGTHS_KEY", "PrefixAttention", "PrefixRule", "Span", "virtual_requests"]
+__all__ = ["PROMPT_LENGTHS_KEY", "PrefixAttention", "PrefixRule", "Span", "is_compiled", "virtual_requests"]
 
 PROMPT_LENGTHS_KEY = "rswa_window"
 """The configuration key (any value but None) that makes vLLM 0.32 tell attention how long each prompt is.
@@ -145,6 +145,11 @@ def _prefix_backend(backend: type[Any]) -> type[Any]:
     return derived
 
 
+def is_compiled() -> bool:
+    """Whether the model that vLLM is building now will be compiled."""
+    return bool(get_current_vllm_config().compilation_config.mode != CompilationMode.NONE)
+
+
 class PrefixAttention(Attention):  # type: ignore[misc]
     """vLLM's attention layer under `PrefixRule`.
 
@@ -170,6 +175,8 @@ class PrefixAttention(Attention):  # type: ignore[misc]
         cache_dtype = "auto" if cache_config is None else cache_config.cache_dtype
         backend = _prefix_backend(get_attn_backend(head_size, torch.get_default_dtype(), cache_dtype))
         super().__init__(num_heads, head_size, scale, cache_config=cache_config, attn_backend=backend, **kwargs)
+        # Only a compiler needs attention to be a custom operation; without one the detour costs more than it does.
+        self.use_direct_call = not is_compiled()
 
     def get_kv_cache_spec(self, vllm_config: VllmConfig) -> KVCacheSpec | None:
         """Return the layer's cache layout, marked as non-causal.

@@ -4,8 +4,8 @@ A request that vLLM cannot serve is refused here, before it reaches vLLM: an id 
 engine for everybody, and a prompt that does not fit one step would wait for ever.
 
 vLLM usually spawns a process for its engine and one for its worker, each of which imports everything again. For one
-small model on a CPU both are loss: here they run in this process (see README.md, decision 1), so there is nothing to
-leave behind at Ctrl-C. This module knows ids and grammars; codes, clips and files belong to `poet.generation.pipeline`.
+small model on a CPU both are loss: here they run in this process (serving/README.md, decision 1), so nothing is left
+behind at Ctrl-C. This module knows ids and grammars; codes, clips and files belong to `poet.generation.pipeline`.
 """
 
 import contextlib
@@ -48,10 +48,9 @@ class VLLMEngine:
 
     Args:
         bundle_dir: Directory with `config.json` and `model.safetensors`.
-        dtype: "float32" (the ids of the torch engine, one for one when greedy) or "bfloat16" (faster on CPUs that have
-            it; ids may differ where two are nearly as likely).
+        dtype: "float32" (greedy ids are the torch engine's, one for one), "bfloat16" (twice as fast where the processor
+            multiplies in it; ids may differ where two are nearly as likely), or "auto": bfloat16 on such processors.
         max_num_seqs: Requests that are written at once; the others wait for their turn.
-        compiled: Compile the model with inductor: some 20 s more to start, a tenth more ids a second.
         num_cache_blocks: Pages of `BLOCK_SIZE` ids in the cache; None: enough that `max_num_seqs` requests of full
             length fit and none is ever preempted.
 
@@ -67,15 +66,15 @@ class VLLMEngine:
         self,
         bundle_dir: str | Path,
         *,
-        dtype: str = "float32",
+        dtype: str = "auto",
         max_num_seqs: int = 16,
-        compiled: bool = False,
         num_cache_blocks: int | None = None,
     ) -> None:
         self._vllm: Any = None
         self._config = _read_config(Path(bundle_dir))
-        if dtype not in ("float32", "bfloat16"):
-            raise ConfigError(f"dtype must be 'float32' or 'bfloat16', got {dtype!r}.")
+        if dtype not in ("auto", "float32", "bfloat16"):
+            raise ConfigError(f"dtype must be 'auto', 'float32' or 'bfloat16', got {dtype!r}.")
+        dtype = _fastest_dtype() if dtype == "auto" else dtype
         if max_num_seqs < 1:
             raise ConfigError(f"max_num_seqs must be at least 1, got {max_num_seqs}.")
         longest = self._config.scene_length
@@ -97,7 +96,7 @@ class VLLMEngine:
             "block_size": BLOCK_SIZE,
             "num_gpu_blocks_override": blocks,
             "kv_cache_memory_bytes": blocks * self._block_bytes(dtype),
-            "enforce_eager": not compiled,
+            "enforce_eager": True,
         }
         try:
             self._vllm = _start(arguments)
@@ -134,8 +133,9 @@ class VLLMEngine:
         if self._vllm is None:
             raise ConfigError("the engine must be open to generate; it was closed.")
         parameters = [self._parameters(index, request) for index, request in enumerate(requests)]
-        total = sum(max_output_length(request.grammar) for request in requests)
         outputs: dict[str, list[int]] = {str(index): [] for index in range(len(requests))}
+        longest = {name: max_output_length(request.grammar) for name, request in zip(outputs, requests, strict=True)}
+        done, total = 0, sum(longest.values())
         started: list[str] = []
         try:
             for request_id, request, parameter in zip(outputs, requests, parameters, strict=True):
@@ -143,9 +143,12 @@ class VLLMEngine:
                 started.append(self._vllm.add_request(request_id, prompt, parameter))
             while self._vllm.has_unfinished_requests():
                 for change in self._vllm.step():
-                    outputs[change.request_id] += change.outputs[0].token_ids
+                    output, new = outputs[change.request_id], change.outputs[0].token_ids
+                    output += new
+                    # A text that ended early counts as written in full.
+                    done += len(new) + (longest[change.request_id] - len(output) if change.finished else 0)
                 if progress is not None:
-                    progress(sum(map(len, outputs.values())), total)
+                    progress(done, total)
         finally:
             if self._vllm.has_unfinished_requests():  # Ctrl-C, or progress() raised: the engine stays usable
                 self._vllm.abort_request(started, internal=True)
@@ -219,8 +222,14 @@ def _read_config(bundle_dir: Path) -> PoetConfig:
         raise CheckpointError(f"{bundle_dir} must be a bundle with a model: {error}") from error
 
 
+def _fastest_dtype() -> str:
+    capabilities = torch.cpu.get_capabilities()
+    multiplies = capabilities.get("avx512_bf16") or capabilities.get("amx_bf16")
+    return "bfloat16" if multiplies else "float32"
+
+
 def _fold(seed: int) -> int:
-    """Bring a seed of 63 bits into 32, for PyTorch's CPU generator ignores the upper half. Small seeds stay as they are."""
+    """Bring a seed of 63 bits into 32: PyTorch's CPU generator ignores the rest. Small seeds stay as they are."""
     return (seed ^ (seed >> 32) * 0x9E3779B1) & 0xFFFFFFFF
 
 

@@ -104,10 +104,19 @@ def likeliest(
 
 
 @pytest.fixture(scope="module")
-def outputs(bundle: Path) -> list[list[int]]:
-    """All requests in one batch, none of them ever preempted."""
+def opened(bundle: Path) -> tuple[list[list[int]], list[list[int]]]:
+    """All requests in one batch, none ever preempted: by the kernels one after another, and by vLLM's layers."""
     with VLLMEngine(bundle, dtype="float32", max_num_seqs=len(REQUESTS)) as engine:
-        return engine.generate(REQUESTS)
+        outputs = engine.generate(REQUESTS)
+        network = engine._vllm.model_executor.driver_worker.worker.model_runner.model.model
+        assert network.takes_direct_layers
+        network.takes_direct_layers = False
+        return outputs, engine.generate(REQUESTS)
+
+
+@pytest.fixture(scope="module")
+def outputs(opened: tuple[list[list[int]], list[list[int]]]) -> list[list[int]]:
+    return opened[0]
 
 
 @pytest.fixture(scope="module")
@@ -163,6 +172,10 @@ def test_a_prefix_read_causally_would_give_other_ids(model: PoetTransformer, out
 def test_outputs_vary(outputs: list[list[int]]) -> None:
     longest = max(outputs, key=len)
     assert len(set(longest)) > 20
+
+
+def test_vllms_own_layers_write_the_same_ids(opened: tuple[list[list[int]], list[list[int]]]) -> None:
+    assert opened[0] == opened[1]
 
 
 def test_preempted_requests_write_the_same_ids(

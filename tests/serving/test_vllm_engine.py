@@ -122,8 +122,9 @@ def test_the_longest_request_that_fits_is_written(engine: VLLMEngine) -> None:
 
 def test_progress_counts_up_to_all_ids(engine: VLLMEngine) -> None:
     counts: list[tuple[int, int]] = []
-    engine.generate([request_of(seed) for seed in range(7)], lambda done, total: counts.append((done, total)))
-    total = 7 * max_output_length(VIDEO_AUDIO)
+    requests = [request_of(seed, grammar) for seed in range(4) for grammar in (VIDEO_AUDIO, CAPTION)]
+    engine.generate(requests, lambda done, total: counts.append((done, total)))
+    total = 4 * (max_output_length(VIDEO_AUDIO) + max_output_length(CAPTION))
     assert [done for done, _ in counts] == sorted({done for done, _ in counts})
     assert {counted for _, counted in counts} == {total}
     assert counts[-1] == (total, total)
@@ -183,7 +184,7 @@ def test_settings_under_which_a_long_prompt_would_hang_are_refused(engine: VLLME
 @pytest.mark.parametrize(
     ("options", "message"),
     [
-        ({"dtype": "float16"}, "must be 'float32' or 'bfloat16'"),
+        ({"dtype": "float16"}, "must be 'auto', 'float32' or 'bfloat16'"),
         ({"max_num_seqs": 0}, "at least 1"),
         ({"num_cache_blocks": 2}, "at least 3"),
     ],
