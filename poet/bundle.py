@@ -209,11 +209,11 @@ class Bundle:
         """Compare what a tokenizer's config.json says of itself; its weights are compared when they are loaded."""
         directory = self.path / f"{kind}_tokenizer"
         described = _read_object(directory / CONFIG_FILE)
-        spec = described.get("spec")
-        told = {**described, **spec} if isinstance(spec, dict) else described
-        for key in ("kind", "checksum"):
-            if key in told and told[key] != self.vocabulary.tokenizers[kind][key]:
-                raise _foreign_tokenizer(directory, key, told[key], self.vocabulary.tokenizers[kind][key])
+        expected = self.vocabulary.tokenizers[kind]
+        for told in (described, described.get("spec")):
+            for key in ("kind", "checksum"):
+                if isinstance(told, dict) and key in told and told[key] != expected[key]:
+                    raise _foreign_tokenizer(directory, key, told[key], expected[key])
 
     @property
     def fingerprint(self) -> str:
