@@ -26,6 +26,7 @@ from poet.data.readahead import Unreadable, read_ahead
 from poet.data.shards import EncodedClip, ShardWriter
 from poet.errors import ConfigError, ShapeError
 from poet.media import Clip
+from poet.model.device import parse_device
 from poet.tasks import ClipGeometry
 from poet_tokenizers.base import AudioTokenizer, VideoTokenizer
 
@@ -102,8 +103,8 @@ def encode_source(
 
     Raises:
         CheckpointError: the directory belongs to another vocabulary or source, or cannot be written (a full disk).
-        ConfigError: a number that cannot be used, other settings than those the directory was begun with, or clips
-            at another sample rate than the tokenizer's.
+        ConfigError: a number or device that cannot be used, other settings than those the directory was begun with,
+            or clips at another sample rate than the tokenizer's.
     """
     started = time.monotonic()
     if shard_size < 1 or batch_size < 1 or num_processes < 0:
@@ -111,7 +112,7 @@ def encode_source(
             "shard_size and batch_size must be at least 1 and num_processes at least 0, got "
             f"{shard_size}, {batch_size} and {num_processes}."
         )
-    encoder = _Encoder(tokenizers, torch.device(device), batch_size)
+    encoder = _Encoder(tokenizers, parse_device(device), batch_size)
     settings = {"shard_size": shard_size, "batch_size": batch_size}
     settings |= {"video": int(encoder.video is not None), "audio": int(encoder.audio is not None)}
     total = len(source)

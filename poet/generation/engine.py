@@ -17,6 +17,7 @@ from poet.generation.autoregressive import write_outputs
 from poet.generation.sampling import SamplingConfig
 from poet.grammar import Grammar, max_output_length
 from poet.model.config import PoetConfig
+from poet.model.device import parse_device
 from poet.model.weights import load_transformer
 
 __all__ = ["ENTRY_POINT_GROUP", "Engine", "GenerationRequest", "TorchEngine", "check_request", "load_engine"]
@@ -124,13 +125,7 @@ class TorchEngine:
             raise ConfigError(f"dtype must be one of {', '.join(DTYPES)}, got {dtype!r}.")
         if max_batch_size < 1:
             raise ConfigError(f"max_batch_size must be at least 1, got {max_batch_size}.")
-        try:
-            kind = torch.device(device)
-        except RuntimeError as error:
-            raise ConfigError(f"device must be one that PyTorch knows, such as cpu or cuda, got {device!r}.") from error
-        if kind.type == "cuda" and not torch.cuda.is_available():
-            raise ConfigError(f"device must be cpu where there is no GPU, got {device!r}.")
-        self._model = load_transformer(bundle_dir, device=kind, dtype=DTYPES[dtype])
+        self._model = load_transformer(bundle_dir, device=parse_device(device), dtype=DTYPES[dtype])
         self._max_batch_size = max_batch_size
         self._closed = False
 
