@@ -8,7 +8,7 @@ import os
 import threading
 from collections import deque
 from collections.abc import Callable, Generator
-from concurrent.futures import Executor, Future, ProcessPoolExecutor, ThreadPoolExecutor
+from concurrent.futures import BrokenExecutor, Executor, Future, ProcessPoolExecutor, ThreadPoolExecutor
 from multiprocessing.process import BaseProcess
 
 from poet.data.clips import CaptionedClip, ClipSource
@@ -38,6 +38,9 @@ def read_ahead(
 
     Yields:
         Every clip, or an `Unreadable` where the source raises MediaError. Other errors are raised.
+
+    Raises:
+        MediaError: a worker process was killed, as happens where memory runs out.
     """
     executor: Executor
     if num_processes:
@@ -56,6 +59,11 @@ def read_ahead(
                 yield pending.popleft().result()
         while pending:
             yield pending.popleft().result()
+    except BrokenExecutor as error:
+        raise MediaError(
+            "a process that reads clips was ended from outside, mostly because memory ran out. "
+            "Start the same command again; it goes on after the last finished file."
+        ) from error
     finally:
         executor.shutdown(cancel_futures=True)
 

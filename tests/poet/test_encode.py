@@ -7,6 +7,8 @@ import random
 import time
 import wave
 from collections.abc import Callable
+from concurrent.futures import Future, ThreadPoolExecutor
+from concurrent.futures.process import BrokenProcessPool
 from multiprocessing.context import ForkProcess
 from pathlib import Path
 
@@ -340,3 +342,15 @@ def is_running(pid: int) -> bool:
         return Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[0] != "Z"
     except OSError:
         return False
+
+
+def test_a_reader_that_is_ended_from_outside_is_told_in_words(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    class Killed(ThreadPoolExecutor):
+        def submit(self, *arguments: object, **options: object) -> Future[object]:  # type: ignore[override]
+            dead: Future[object] = Future()
+            dead.set_exception(BrokenProcessPool("ended"))
+            return dead
+
+    monkeypatch.setattr("poet.data.readahead.ThreadPoolExecutor", Killed)
+    with pytest.raises(MediaError, match="Start the same command again"):
+        encode_source(FakeSource(), TokenizerSet(fingerprint="f", video_tokenizer=FakeVideo()), tmp_path / "out")
