@@ -31,6 +31,8 @@ from poet.tasks import ClipParts, Task, get_task
 __all__ = ["ClipRequest", "GeneratedClip", "Pipeline"]
 
 MAX_TEXT_CHARACTERS = 100_000  # longer texts are refused before they are tokenised
+MAX_WRITTEN_PIECES = 256  # of a text that is written; fewer where the scene has no room for them
+_TEXT_MARKERS = 3  # <text_out>, </text_out> and <eos> around a text that is written
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -76,7 +78,6 @@ class _Prepared:
     task: Task
     parts: ClipParts
     num_given: int
-    scene: Scene
     generation: GenerationRequest
 
 
@@ -142,8 +143,7 @@ class Pipeline:
         """Encode what is given, pack the prefix and say what may be written."""
         task = get_task(request.task)
         clip = request.clip
-        given = [kind for kind, there in self._given(request) if there]
-        task.check_inputs(given)
+        task.check_inputs(_given_kinds(task, request))
         if request.sampling.seed is None:
             seeded = dataclasses.replace(request.sampling, seed=secrets.randbelow(2**31))
             request = dataclasses.replace(request, sampling=seeded)
@@ -152,7 +152,7 @@ class Pipeline:
         num_given = 0 if video_in is None else len(video_in)
         shape = task.output_shape(self.geometry, num_given if task.conditioning != "nothing" and num_given else None)
         audio_in = self._encode_given_audio(task, clip, num_given)
-        parts = ClipParts(video_in=video_in, audio_in=audio_in if "audio" in task.inputs | task.optional else None)
+        parts = ClipParts(video_in=video_in, audio_in=audio_in)
         sees_video = video_in is not None or shape.video is not None
         scene = Scene(
             task=task.name,
@@ -162,28 +162,23 @@ class Pipeline:
             resolution=self.geometry.resolution if sees_video else None,
         )
         prefix = pack_prefix(scene, self.bundle.vocabulary)
+        room = self.bundle.model_config.scene_length - len(prefix) - _TEXT_MARKERS
         grammar = output_grammar(
-            task, self.bundle.vocabulary, video_latent_shape=shape.video, num_audio_latents=shape.audio
+            task,
+            self.bundle.vocabulary,
+            video_latent_shape=shape.video,
+            num_audio_latents=shape.audio,
+            max_text_pieces=max(1, min(MAX_WRITTEN_PIECES, room)),
         )
         return _Prepared(
             request=request,
             task=task,
             parts=parts,
             num_given=num_given,
-            scene=scene,
             generation=GenerationRequest(
                 prefix_ids=tuple(int(value) for value in prefix), grammar=grammar, sampling=request.sampling
             ),
         )
-
-    def _given(self, request: ClipRequest) -> list[tuple[str, bool]]:
-        clip = request.clip
-        reads = get_task(request.task).inputs | get_task(request.task).optional
-        return [
-            ("text", request.text is not None),
-            ("video", clip is not None and clip.frames is not None and ("video" in reads or clip.samples is None)),
-            ("audio", clip is not None and clip.samples is not None and ("audio" in reads or clip.frames is None)),
-        ]
 
     def _encode_text(self, text: str) -> tuple[int, ...]:
         if len(text) > MAX_TEXT_CHARACTERS:
@@ -302,6 +297,8 @@ class Pipeline:
     def _describe(self, request: ClipRequest, ids: Sequence[int]) -> dict[str, str]:
         """What made the clip, for its container's metadata."""
         sampling = request.sampling
+        # No text is not the same as an empty one: made again, they give other ids.
+        prompt = {} if request.text is None else {"prompt": request.text}
         return {
             "generator": f"Poet {__version__}",
             "machine_made": "yes",
@@ -309,13 +306,23 @@ class Pipeline:
             "fingerprint": self.bundle.fingerprint,
             "engine": self.engine.name,
             "task": request.task,
-            "prompt": "" if request.text is None else request.text,
+            **prompt,
             "seed": str(sampling.seed),
             "temperature": repr(sampling.temperature),
             "top_k": str(sampling.top_k),
             "top_p": repr(sampling.top_p),
             "ids_sha256": hash_ids(ids),
         }
+
+
+def _given_kinds(task: Task, request: ClipRequest) -> list[str]:
+    """What a request gives. A clip may hold more than the task reads, as long as the task reads one half of it."""
+    frames, samples = (None, None) if request.clip is None else (request.clip.frames, request.clip.samples)
+    reads = task.inputs | task.optional
+    there = {"text": request.text is not None, "video": frames is not None, "audio": samples is not None}
+    for kind, other in (("video", "audio"), ("audio", "video")):
+        there[kind] &= kind in reads or not (there[other] and other in reads)
+    return [kind for kind, given in there.items() if given]
 
 
 def hash_ids(ids: Sequence[int]) -> str:

@@ -160,6 +160,22 @@ def test_inputs_that_do_not_fit_the_task_are_refused_before_anything_is_written(
     assert engine.requests == []
 
 
+def test_a_clip_with_picture_and_sound_is_not_left_out_silently(bundle: Bundle) -> None:
+    pipeline, engine = make(bundle)
+    clip = given(pipeline, pipeline.geometry.num_frames, sound=True)
+    with pytest.raises(ConfigError, match="takes no audio or video"):
+        pipeline.generate([ClipRequest(task="text_to_video", text="x", clip=clip)])
+    assert engine.requests == []
+    pipeline.generate([ClipRequest(task="audio_to_video", clip=clip), ClipRequest(task="video_to_audio", clip=clip)])
+
+
+def test_no_text_is_not_recorded_as_an_empty_one(bundle: Bundle) -> None:
+    pipeline, _ = make(bundle)
+    first, second = pipeline.generate([ClipRequest(task="unconditional"), ClipRequest(task="text_to_audio", text="")])
+    assert "prompt" not in first.metadata
+    assert second.metadata["prompt"] == ""
+
+
 def test_a_picture_of_another_size_is_refused(bundle: Bundle) -> None:
     pipeline, _ = make(bundle)
     clip = Clip(frames=np.zeros((1, 7, 11, 3), np.uint8), fps=8.0, samples=None, sample_rate=16_000)
