@@ -20,7 +20,7 @@ from poet.media.opening import (
 )
 from poet.media.picture import Fit
 from poet.media.reading import read_audio, read_clip, read_image
-from poet.media.writing import WRITABLE_SUFFIXES, write_clip
+from poet.media.writing import WRITABLE_SUFFIXES, check_target, write_clip
 
 __all__ = [
     "DEFAULT_MAX_DURATION",
@@ -34,6 +34,7 @@ __all__ = [
     "Clip",
     "Fit",
     "MediaInfo",
+    "check_target",
     "exact_fps",
     "probe",
     "read_audio",

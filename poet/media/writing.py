@@ -73,6 +73,22 @@ _FILMS = {
 }
 
 
+def check_target(path: str | Path) -> None:
+    """Raise unless `write_clip` could write there; for work that takes long before there is a clip.
+
+    Raises:
+        MediaError: unknown suffix, no such directory, or a directory in its place.
+    """
+    target = Path(path)
+    if target.suffix.lower() not in _WRITERS:
+        known = ", ".join(WRITABLE_SUFFIXES)
+        raise MediaError(f"{path}: the suffix must be one of {known}, got {target.suffix!r}. Change the file's name.")
+    if not target.parent.is_dir():
+        raise MediaError(f"{path}: the directory {target.parent} does not exist. Make it first.")
+    if target.is_dir():
+        raise MediaError(f"{path}: is a directory. Give the name of a file.")
+
+
 def write_clip(clip: Clip, path: str | Path, metadata: dict[str, str] | None = None) -> None:
     """Write a clip in the format that the suffix names. The file appears whole or not at all.
 
@@ -94,22 +110,15 @@ def write_clip(clip: Clip, path: str | Path, metadata: dict[str, str] | None = N
         ConfigError: metadata is not a dict of strings.
     """
     target = Path(path)
+    check_target(target)
     suffix = target.suffix.lower()
-    writer = _WRITERS.get(suffix)
-    if writer is None:
-        known = ", ".join(WRITABLE_SUFFIXES)
-        raise MediaError(f"{path}: the suffix must be one of {known}, got {suffix!r}. Change the file's name.")
     if metadata is not None and not all(isinstance(x, str) for pair in metadata.items() for x in pair):
         raise ConfigError(f"metadata must map strings to strings, got {metadata!r}. Convert the values with str().")
     comment = pack_metadata(metadata) if metadata is not None else None
-    if not target.parent.is_dir():
-        raise MediaError(f"{path}: the directory {target.parent} does not exist. Make it first.")
-    if target.is_dir():
-        raise MediaError(f"{path}: is a directory. Give the name of a file.")
     # Beside the target, so that moving it there is one step on one disk; absolute, so that no name reads as an address.
     part = target.parent.resolve() / f".poet-{secrets.token_hex(8)}{suffix}"
     try:
-        writer(clip, part, comment)
+        _WRITERS[suffix](clip, part, comment)
         _settle(part)
         part.replace(target)
     except MediaError as error:
