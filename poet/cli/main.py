@@ -61,7 +61,7 @@ def _with_messages(command: Callable[..., Any]) -> Callable[..., Any]:
     """Turn errors of Poet and Ctrl-C into one line on standard error and an exit code; anything else is a defect."""
 
     @functools.wraps(command)
-    def run(*arguments: Any, **options: Any) -> Any:
+    def guarded(*arguments: Any, **options: Any) -> Any:
         try:
             return command(*arguments, **options)
         except PoetError as error:
@@ -71,15 +71,21 @@ def _with_messages(command: Callable[..., Any]) -> Callable[..., Any]:
             note("poet: interrupted")
             raise typer.Exit(EXIT_INTERRUPTED) from error
 
-    return run
+    return guarded
+
+
+def _print_version(asked: bool) -> None:
+    if asked:
+        print(__version__)
+        raise typer.Exit
 
 
 def _options(
-    version: bool = typer.Option(False, "--version", help="Print the version and stop.", is_eager=True),
+    version: bool = typer.Option(
+        False, "--version", help="Print the version and stop.", is_eager=True, callback=_print_version
+    ),
 ) -> None:
-    if version:
-        print(__version__)
-        raise typer.Exit
+    """The options of `poet` itself."""
 
 
 if __name__ == "__main__":

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 import sys
 import time
 from collections.abc import Callable, Iterator, Mapping
@@ -23,22 +24,44 @@ def note(message: str) -> None:
 
 
 def show_result(result: Mapping[str, Any], as_json: bool) -> None:
-    """Print the result last: one JSON object, or one `name: value` a line."""
+    """Print the result last: one JSON object in ASCII (numbers that are not finite become null), or lines."""
     if as_json:
-        print(json.dumps(result, ensure_ascii=False), flush=True)
+        print(json.dumps(_finite(result), allow_nan=False), flush=True)
         return
-    for name, value in result.items():
-        if isinstance(value, Mapping):
-            print(f"{name}:")
-            for key, item in value.items():
-                print(f"  {key}: {item}")
-        elif isinstance(value, list):
-            print(f"{name}:")
-            for item in value:
-                print(f"  {item}")
-        else:
-            print(f"{name}: {value}")
+    for line in _lines(result):
+        print(line)
     sys.stdout.flush()
+
+
+def _finite(value: Any) -> Any:
+    if isinstance(value, Mapping):
+        return {name: _finite(item) for name, item in value.items()}
+    if isinstance(value, (list, tuple)):
+        return [_finite(item) for item in value]
+    return None if isinstance(value, float) and not math.isfinite(value) else value
+
+
+def _lines(value: Any) -> Iterator[str]:
+    """`name: value` a line; what is nested stands under its name, two spaces further in."""
+    if isinstance(value, Mapping):
+        for name, item in value.items():
+            if isinstance(item, (Mapping, list)):
+                yield f"{_visible(name)}:"
+                yield from (f"  {line}" for line in _lines(item))
+            else:
+                yield f"{_visible(name)}: {_visible(item)}"
+    elif isinstance(value, list):
+        for item in value:
+            yield from (("- " if place == 0 else "  ") + line for place, line in enumerate(_lines(item)))
+    else:
+        yield _visible(value)
+
+
+def _visible(value: Any) -> str:
+    """A value on one line: what a file's metadata holds must neither steer a terminal nor break its encoding."""
+    text = "".join(one if one.isprintable() else one.encode("unicode_escape").decode() for one in str(value))
+    encoding = sys.stdout.encoding or "utf-8"
+    return text.encode(encoding, "backslashreplace").decode(encoding)
 
 
 @contextmanager
@@ -59,23 +82,35 @@ def progress(title: str) -> Iterator[Advance]:
     )
     with Progress(*columns, console=Console(stderr=True), transient=True) as bar:
         task = bar.add_task(title, total=None, said="")
+        before = -1
 
         def advance(done: int, total: int, said: str = "") -> None:
-            bar.update(task, completed=done, total=total, said=said)
+            nonlocal before
+            if before < 0 or done < before:  # what an earlier run did must not count as done in no time
+                bar.reset(task, completed=done, total=total, said=said)
+            else:
+                bar.update(task, completed=done, total=total, said=said)
+            before = done
 
         yield advance
 
 
 def _plain(title: str) -> Advance:
     begun = last = time.monotonic()
+    first, before = -1, -1
 
     def advance(done: int, total: int, said: str = "") -> None:
-        nonlocal last
+        nonlocal begun, last, first, before
         now = time.monotonic()
+        if before < 0 or done < before:  # what an earlier run did must not count as done in no time
+            begun, first = now, done
+        before = done
         if now - last < PLAIN_SECONDS:
             return
         last = now
-        left = (now - begun) * (total - done) / max(1, done)
-        note(f"{title}: {done}/{total}, about {left:.0f} s left{', ' + said if said else ''}")
+        parts = [f"{title}: {done}/{total}"]
+        if done > first:
+            parts.append(f"about {(now - begun) * (total - done) / (done - first):.0f} s left")
+        note(", ".join([*parts, said] if said else parts))
 
     return advance
