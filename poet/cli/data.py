@@ -74,23 +74,36 @@ def reconstruct(
     height: Annotated[int | None, typer.Option(help="Pixels; the file's own when left out.")] = None,
     width: Annotated[int | None, typer.Option(help="Pixels; the file's own when left out.")] = None,
     max_duration: Annotated[float, typer.Option(help="Seconds that may be read at most.")] = 60.0,
+    metadata: Annotated[bool, typer.Option(help="Write into the file what made it.")] = True,
     device: Annotated[str, typer.Option(help="cpu or cuda.")] = "cpu",
     json: Annotated[bool, typer.Option("--json", help="Print the result as one JSON object.")] = False,
 ) -> None:
     """Send a file through the tokenizers and back, to see and hear what they keep."""
     started = time.monotonic()
+    from poet import __version__
     from poet.bundle import Bundle, default_bundle
     from poet.evaluation.roundtrip import reconstruct_clip
-    from poet.media import read_clip, write_clip
+    from poet.media import check_target, read_clip, write_clip
+    from poet.model.device import parse_device
 
+    check_target(output)
+    parse_device(device)
     bundle = Bundle.open(default_bundle() if model is None else model, require_model=False)
     rate = bundle.vocabulary.sample_rate
     clip = read_clip(source, fps=fps, height=height, width=width, sample_rate=rate, max_duration=max_duration)
     video = bundle.load_video_tokenizer(device) if clip.frames is not None else None
     audio = bundle.load_audio_tokenizer(device) if clip.samples is not None else None
     with progress("reconstructing frames") as advance:
-        result = reconstruct_clip(clip, video, audio, progress=lambda done, total: advance(done, total, ""))
-    facts = {"generator": "Poet", "machine_made": "yes", "reconstruction_of": source.name}
-    write_clip(result.clip, output, metadata=facts | {"fingerprint": bundle.fingerprint})
+        result = reconstruct_clip(
+            clip, video, audio, progress=lambda done, total: advance(done, total, ""), device=device
+        )
+    facts = {
+        "generator": f"Poet {__version__}",
+        "machine_made": "yes",
+        "reconstruction_of": source.name,
+        "bundle": bundle.path.name,
+        "fingerprint": bundle.fingerprint,
+    }
+    write_clip(result.clip, output, metadata=facts if metadata else None)
     shown: dict[str, Any] = {"file": str(output), "duration": round(result.clip.duration, 3), **result.measures}
     show_result({**shown, "seconds": round(time.monotonic() - started, 1)}, json)
