@@ -15,6 +15,7 @@ from typing import Any
 from poet import __version__
 from poet.bundle import Bundle
 from poet.data.toybox import ToyboxClip, draw
+from poet.errors import ConfigError, MediaError
 from poet.evaluation.judge import SYNCED_MOTIONS, Verdict, judge, judge_clip
 from poet.evaluation.reconstruction import ReconstructionReport, evaluate_reconstruction
 from poet.evaluation.report import Results, SheetEntry, contact_sheet, write_report
@@ -63,8 +64,19 @@ def generation(
 
     Returns:
         Where the report is and what it says in short.
+
+    Raises:
+        ConfigError: there is no such task or split, or the judge cannot tell what the task should have written.
+        MediaError: `output` cannot be a directory.
     """
     row, defaults = get_task(task), bundle.generation_config
+    if row.writes_text or row.edit is not None or not row.inputs:
+        raise ConfigError(
+            f"task {task} cannot be evaluated: the judge compares pictures and sounds with the caption of a clip "
+            "that the task was told or shown whole. Choose another --task."
+        )
+    splits = _check_splits(splits, start)
+    _make_directory(output)
     settings: dict[str, Any] = {
         name: getattr(defaults, name) if value is None else value for name, value in sampling.items()
     }
@@ -122,8 +134,14 @@ def reconstruction(
 
     Returns:
         Where the reports are and what they say.
+
+    Raises:
+        ConfigError: there is no such split.
+        MediaError: `output` cannot be a directory.
     """
     found: dict[str, Any] = {}
+    splits = _check_splits(splits, start)
+    _make_directory(output)
     for split in splits:
         drawn = [draw(split, start + number) for number in range(count)]
         report = evaluate_reconstruction(
@@ -177,6 +195,8 @@ def _given(task: Task, drawn: ToyboxClip, pipeline: Pipeline) -> Clip | None:
 def _marks(task: Task, clip: Clip, truth: ToyboxClip) -> dict[str, bool]:
     """Marks of what the task writes. Where a sound was to follow a motion that is not seen, sync is wrong."""
     wanted = (SIGHT if task.writes_video else ()) + (SOUND if task.writes_audio else ())
+    if task.outputs == "image":
+        wanted = tuple(name for name in wanted if name != "motion")
     marks = {
         name: right for name, right in judge_clip(clip, truth.attributes.as_dict()).items() if name in wanted + SYNC
     }
@@ -207,12 +227,26 @@ def _sheet(
     verdicts: Sequence[Verdict],
     marks: Sequence[Mapping[str, bool]],
 ) -> None:
-    path.parent.mkdir(parents=True, exist_ok=True)
     entries = [
         SheetEntry(clip=clip, caption=truth.caption, said=verdict.as_text(), marks=right)
         for clip, truth, verdict, right in zip(clips, drawn, verdicts, marks, strict=False)
     ]
     contact_sheet(entries, path)
+
+
+def _check_splits(splits: Sequence[str], start: int) -> list[str]:
+    """Each split once, after drawing a clip of it: a wrong name is told before the long work."""
+    for split in splits:
+        draw(split, start)
+    return list(dict.fromkeys(splits))
+
+
+def _make_directory(path: Path) -> None:
+    """Before the long work, so that a name that cannot be used is told at once."""
+    try:
+        path.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise MediaError(f"{path} cannot hold a report: {error.strerror}. Name another directory with -o.") from error
 
 
 def _about(bundle: Bundle) -> dict[str, object]:
