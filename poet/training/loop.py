@@ -33,6 +33,7 @@ __all__ = [
     "Trainable",
     "cosine_schedule",
     "fit",
+    "writing",
 ]
 
 Progress = Callable[[int, int, Mapping[str, float]], None]
@@ -149,7 +150,7 @@ def fit(trainable: Trainable, config: LoopConfig, directory: Path, *, progress: 
             finite. The last checkpoint is kept.
     """
     started = time.monotonic()
-    with _writing(directory):
+    with writing(directory):
         directory.mkdir(parents=True, exist_ok=True)
         step, pending = _resume(trainable, directory)
         log = _MetricsLog(directory / "metrics.jsonl", pending)
@@ -173,7 +174,7 @@ def fit(trainable: Trainable, config: LoopConfig, directory: Path, *, progress: 
         _save(trainable, step, log, directory)
     finished = step >= config.num_steps
     if finished:
-        with _writing(directory / "export"):
+        with writing(directory / "export"):
             trainable.export(directory / "export")
     return FitResult(step=step, finished=finished, seconds=time.monotonic() - started, metrics=newest)
 
@@ -188,7 +189,7 @@ def _check_finite(metrics: Mapping[str, float], step: int) -> None:
 
 
 @contextmanager
-def _writing(path: Path) -> Iterator[None]:
+def writing(path: Path) -> Iterator[None]:
     """Turn what a full or read-only disk raises into a CheckpointError that says what to do."""
     try:
         yield
@@ -284,13 +285,13 @@ class _MetricsLog:
 
     def flush(self) -> int:
         """Bytes that are safely on disk."""
-        with _writing(self.path):
+        with writing(self.path):
             os.fsync(self.file.fileno())
             return os.fstat(self.file.fileno()).st_size
 
     def _write(self, step: int, metrics: dict[str, float]) -> dict[str, float]:
         line = (json.dumps({"step": step, **metrics}) + "\n").encode()
-        with _writing(self.path):
+        with writing(self.path):
             if self.file.write(line) != len(line):
                 raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
         return metrics
@@ -303,7 +304,7 @@ def _stop_on_signal() -> Iterator[Callable[[], bool]]:
 
     def remember(number: int, _frame: object) -> None:
         seen.append(number)
-        signal.signal(signal.SIGINT, previous[signal.SIGINT])
+        signal.signal(signal.SIGINT, signal.default_int_handler)
 
     previous = {number: signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM)}
     try:
@@ -341,7 +342,7 @@ def _plot(metrics: Path, target: Path) -> None:
         axes.legend(fontsize="small")
     figure.tight_layout()
     try:
-        with _writing(target):
+        with writing(target):
             figure.savefig(target, dpi=100)
     finally:
         pyplot.close(figure)

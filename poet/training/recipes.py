@@ -15,11 +15,12 @@ from numpy.typing import NDArray
 
 from poet.bundle import GenerationDefaults, create_tokenizer_bundle
 from poet.data.clips import ClipSource, open_source
-from poet.errors import ConfigError
+from poet.errors import CheckpointError, ConfigError
+from poet.model.device import parse_device
 from poet.training.audio_tokenizer import AudioTokenizerRecipe, AudioTokenizerTraining
 from poet.training.config import build, read_recipe, to_plain, write_recipe
 from poet.training.language import LanguageRecipe, LanguageTraining
-from poet.training.loop import FitResult, LoopConfig, Progress, Trainable, fit
+from poet.training.loop import FitResult, LoopConfig, Progress, Trainable, fit, writing
 from poet.training.text_tokenizer import TextTokenizerRecipe, train_text_tokenizer
 from poet.training.video_tokenizer import VideoTokenizerRecipe, VideoTokenizerTraining
 
@@ -82,6 +83,7 @@ def train(
     if kind not in KINDS:
         raise ConfigError(f"a recipe's key 'train' must be one of {', '.join(KINDS)}, got {kind!r}.")
     options = build(LoopOptions, values.pop("loop", {}), "loop")
+    parse_device(device)
     if kind == "text_tokenizer":
         return _train_text(build(TextTokenizerRecipe, values), directory)
     if kind == "tokenizer_bundle":
@@ -100,7 +102,12 @@ def _build(kind: str, values: Mapping[str, Any], device: str) -> tuple[Any, Trai
         return video, VideoTokenizerTraining(video, source, validation, device=device)
     if kind == "audio_tokenizer":
         audio = build(AudioTokenizerRecipe, values)
-        return audio, AudioTokenizerTraining(audio, _sound, device)
+        rate = audio.codec.sample_rate
+        for name in (audio.source, audio.validation_source):
+            found = _open(name, sample_rate=rate)[0].clip
+            if found.samples is not None and found.sample_rate != rate:
+                raise ConfigError(f"{name} has {found.sample_rate} samples a second, codec.sample_rate is {rate}.")
+        return audio, AudioTokenizerTraining(audio, functools.partial(_sound, sample_rate=rate), device)
     language = build(LanguageRecipe, values)
     return language, LanguageTraining(language, device=device)
 
@@ -123,15 +130,18 @@ class _Frames:
 
 
 @functools.lru_cache(maxsize=8)
-def _open(name: str, fps: float = 8.0, num_frames: int = 17, height: int = 64, width: int = 64) -> ClipSource:
+def _open(
+    name: str, fps: float = 8.0, num_frames: int = 17, height: int = 64, width: int = 64, sample_rate: int = 16_000
+) -> ClipSource:
     """All clips of a source, which for one that is drawn is more than anybody can use."""
     count = None if Path(name).exists() else ENDLESS
-    return open_source(name, count=count, fps=fps, num_frames=num_frames, height=height, width=width)
+    size = {"num_frames": num_frames, "height": height, "width": width}
+    return open_source(name, count=count, fps=fps, sample_rate=sample_rate, **size)
 
 
-def _sound(name: str, index: int) -> NDArray[np.float32]:
+def _sound(name: str, index: int, *, sample_rate: int) -> NDArray[np.float32]:
     """The sound of clip `index` of a source, gone through in turn."""
-    source = _open(name)
+    source = _open(name, sample_rate=sample_rate)
     fast, place = getattr(source, "sound", None), index % len(source)
     samples: NDArray[np.float32] | None = source[place].clip.samples if fast is None else fast(place)
     if samples is None:
@@ -154,7 +164,8 @@ def _train_text(recipe: TextTokenizerRecipe, directory: Path) -> FitResult:
     started = time.monotonic()
     _keep_recipe({"train": "text_tokenizer", **to_plain(recipe)}, directory)
     tokenizer = train_text_tokenizer(recipe, _caption)
-    tokenizer.save(directory / "export")
+    with writing(directory / "export"):
+        tokenizer.save(directory / "export")
     seconds = time.monotonic() - started
     return FitResult(step=1, finished=True, seconds=seconds, metrics={"pieces": float(tokenizer.spec.num_pieces)})
 
@@ -163,26 +174,40 @@ def _assemble(recipe: TokenizerBundleRecipe, directory: Path) -> FitResult:
     """Lay the tokenizers side by side under one vocabulary."""
     started = time.monotonic()
     _keep_recipe({"train": "tokenizer_bundle", **to_plain(recipe)}, directory)
-    bundle = create_tokenizer_bundle(
-        directory / "export",
-        recipe.video_tokenizer,
-        recipe.audio_tokenizer,
-        recipe.text_tokenizer,
-        recipe.resolutions,
-        recipe.defaults,
-    )
+    with writing(directory / "export"):
+        bundle = create_tokenizer_bundle(
+            directory / "export",
+            recipe.video_tokenizer,
+            recipe.audio_tokenizer,
+            recipe.text_tokenizer,
+            recipe.resolutions,
+            recipe.defaults,
+            overwrite=True,
+        )
     metrics = {"ids": float(bundle.vocabulary.vocab_size)}
     return FitResult(step=1, finished=True, seconds=time.monotonic() - started, metrics=metrics)
 
 
 def _keep_recipe(resolved: Mapping[str, Any], directory: Path) -> None:
     """Save the resolved recipe beside the run; a run goes on with the recipe that it was begun with, or not at all."""
-    directory.mkdir(parents=True, exist_ok=True)
+    with writing(directory):
+        directory.mkdir(parents=True, exist_ok=True)
     file = directory / RECIPE_FILE
     if (directory / "checkpoint.pt").exists() and file.exists():
-        begun = yaml.safe_load(file.read_text(encoding="utf-8"))
+        begun = _read_begun(file)
         differing = sorted(key for key in {**begun, **resolved} if begun.get(key) != resolved.get(key))
         if differing:
             said = "; ".join(f"{key} was {begun.get(key)!r}, is {resolved.get(key)!r}" for key in differing)
             raise ConfigError(f"{directory} holds a run of another recipe: {said}. Name another directory with -o.")
-    write_recipe(file, resolved)
+    with writing(file):
+        write_recipe(file, resolved)
+
+
+def _read_begun(file: Path) -> dict[str, Any]:
+    try:
+        begun = yaml.safe_load(file.read_text(encoding="utf-8"))
+    except (OSError, UnicodeDecodeError, yaml.YAMLError) as error:
+        raise CheckpointError(f"{file} cannot be read: {error}. Delete it if the run is to go on.") from error
+    if not isinstance(begun, dict):
+        raise CheckpointError(f"{file} must hold the recipe of the run, it holds {begun!r}. Delete it to go on.")
+    return begun
