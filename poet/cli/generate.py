@@ -4,13 +4,19 @@ from __future__ import annotations
 
 import dataclasses
 import time
+from collections.abc import Sequence
 from pathlib import Path
-from typing import Annotated, Any
+from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
 from poet.cli.output import note, progress, show_result
 from poet.errors import ConfigError
+
+if TYPE_CHECKING:
+    from poet.bundle import Bundle
+    from poet.media import Clip
+    from poet.tasks import Task
 
 __all__ = ["generate"]
 
@@ -23,7 +29,9 @@ def generate(
     output: Annotated[
         Path | None, typer.Option("-o", "--output", help="The file to write; its suffix says how.")
     ] = None,
-    task: Annotated[str | None, typer.Option(help="A task's name; found from what is given when left out.")] = None,
+    task: Annotated[
+        str | None, typer.Option(help="A task's name (see poet/tasks.py); found from what is given when left out.")
+    ] = None,
     image: Annotated[Path | None, typer.Option(help="A picture to set in motion.")] = None,
     video: Annotated[Path | None, typer.Option(help="A clip to go on from.")] = None,
     audio: Annotated[Path | None, typer.Option(help="A sound.")] = None,
@@ -49,13 +57,16 @@ def generate(
 
     bundle = Bundle.open(default_bundle() if model is None else model)
     settings = _Settings.of(prompt, task, image, video, audio, seed, temperature, top_k, top_p, engine)
+    expected_ids = None
     if like is not None:
-        settings = _settings_like(like, settings, bundle.fingerprint)
+        settings, expected_ids = _settings_like(like, settings, bundle.fingerprint)
     defaults = bundle.generation_config
-    chosen = settings.task or _guess_task(settings)
+    chosen = settings.task or _guess_task(settings, defaults.task)
     row = get_task(chosen)
-    targets = _targets(output, num_samples, SUFFIXES.get(row.outputs, ".mp4"), text=row.writes_text)
+    targets = _targets(output, num_samples, row)
+    _keep_what_is_read(targets, (settings.image, settings.video, settings.audio, like))
     given = _read_given(settings, bundle, row)
+    _check_given(settings, given, row)
     first_seed = settings.seed if settings.seed is not None else _new_seed()
     requests = [
         ClipRequest(
@@ -89,9 +100,13 @@ def generate(
             results.append({"text": clip.text, **facts})
             continue
         write_clip(clip.clip, target, metadata=facts if metadata else None)
-        results.append({"file": str(target), "seconds": round(clip.clip.duration, 3), **facts})
+        results.append({"file": str(target), "duration": round(clip.clip.duration, 3), **facts})
     timing = {"start": round(loaded - started, 2), "writing": round(written - loaded, 2)}
     result: dict[str, Any] = {**results[0]} if num_samples == 1 else {"clips": results}
+    if expected_ids is not None:
+        result["same_ids"] = clips[0].metadata["ids_sha256"] == expected_ids
+        if not result["same_ids"]:
+            note(f"the ids are not those of {like}: the weights, a given file or the machine are not the same")
     show_result({**result, "timing": timing}, json)
 
 
@@ -121,8 +136,11 @@ class _Settings:
         return {f"given_{name}": str(path.resolve()) for name, path in files.items() if path is not None}
 
 
-def _settings_like(path: Path, asked: _Settings, fingerprint: str) -> _Settings:
-    """The settings that a clip's metadata holds; whatever the command line says goes before them."""
+def _settings_like(path: Path, asked: _Settings, fingerprint: str) -> tuple[_Settings, str | None]:
+    """The settings that a clip's metadata holds; whatever the command line says goes before them.
+
+    Also the hash that the ids must have again, or None where the command line changes something.
+    """
     from poet.media import probe
 
     facts = probe(path).metadata
@@ -133,50 +151,76 @@ def _settings_like(path: Path, asked: _Settings, fingerprint: str) -> _Settings:
             f"{path} was made with the bundle {facts.get('bundle')} ({facts.get('fingerprint', '')[:12]}), "
             f"this one has the fingerprint {fingerprint[:12]}. Name that bundle with --model."
         )
-    made = _Settings(
-        prompt=facts["prompt"] or None,
-        task=facts["task"],
-        image=Path(facts["given_image"]) if "given_image" in facts else None,
-        video=Path(facts["given_video"]) if "given_video" in facts else None,
-        audio=Path(facts["given_audio"]) if "given_audio" in facts else None,
-        seed=int(facts["seed"]),
-        temperature=float(facts["temperature"]),
-        top_k=int(facts["top_k"]),
-        top_p=float(facts["top_p"]),
-        engine=facts["engine"],
-    )
+    try:
+        made = _Settings(
+            prompt=facts.get("prompt"),
+            task=facts["task"],
+            image=Path(facts["given_image"]) if "given_image" in facts else None,
+            video=Path(facts["given_video"]) if "given_video" in facts else None,
+            audio=Path(facts["given_audio"]) if "given_audio" in facts else None,
+            seed=int(facts["seed"]),
+            temperature=float(facts["temperature"]),
+            top_k=int(facts["top_k"]),
+            top_p=float(facts["top_p"]),
+            engine=facts["engine"],
+        )
+    except (KeyError, ValueError) as error:
+        raise ConfigError(f"{path} does not say all that made it ({error}): its metadata was changed since.") from error
     said = {name: value for name, value in dataclasses.asdict(asked).items() if value is not None}
-    return dataclasses.replace(made, **said)
+    # Either one takes the place of what the clip went on from.
+    replaced = {"image": None, "video": None} if "image" in said or "video" in said else {}
+    settings = dataclasses.replace(made, **(replaced | said))
+    for name in ("image", "video", "audio"):
+        file = getattr(settings, name)
+        if file is not None and name not in said and not file.is_file():
+            raise ConfigError(f"{path} was made from {file}, which is no longer there. Give it with --{name}.")
+    return settings, facts.get("ids_sha256") if settings == made else None
 
 
-def _guess_task(settings: _Settings) -> str:
+def _guess_task(settings: _Settings, default: str) -> str:
     if settings.image is not None:
         return "image_to_video"
     if settings.video is not None:
-        return "video_continuation"
+        return "video_continuation" if settings.audio is None else "audio_video_continuation"
     if settings.audio is not None:
         return "audio_to_video"
-    return "unconditional" if settings.prompt is None else "text_to_video_audio"
+    return "unconditional" if settings.prompt is None else default
 
 
-def _targets(output: Path | None, num_samples: int, suffix: str, *, text: bool) -> list[Path]:
+def _targets(output: Path | None, num_samples: int, task: Task) -> list[Path]:
     """One file a sample: clip.mp4, or clip-1.mp4, clip-2.mp4 ...; what cannot be written is refused at once."""
-    from poet.media import WRITABLE_SUFFIXES
+    from poet.media import check_target
 
-    path = Path(f"clip{suffix}") if output is None else output
-    if not text:
-        if path.suffix.lower() not in WRITABLE_SUFFIXES:
-            raise ConfigError(
-                f"the output must end in one of {', '.join(sorted(WRITABLE_SUFFIXES))}, got {path.name!r}."
-            )
-        if not path.parent.is_dir():
-            raise ConfigError(f"the output's folder {path.parent} does not exist. Make it first.")
+    path = Path(f"clip{SUFFIXES.get(task.outputs, '.mp4')}") if output is None else output
+    if not task.writes_text:
+        check_target(path)
+    elif output is not None:
+        raise ConfigError(f"task {task.name} writes a text, which is printed: leave -o {output} out.")
     if num_samples == 1:
         return [path]
     return [path.with_name(f"{path.stem}-{number}{path.suffix}") for number in range(1, num_samples + 1)]
 
 
-def _read_given(settings: _Settings, bundle: Any, task: Any) -> Any:
+def _keep_what_is_read(targets: Sequence[Path], sources: Sequence[Path | None]) -> None:
+    """Refuse to write over a file that was given: it would be lost, and the clip could not be made again."""
+    for target in targets:
+        for source in sources:
+            if source is not None and target.exists() and source.exists() and target.samefile(source):
+                raise ConfigError(f"{target} is given and would be written over. Name another file with -o.")
+
+
+def _check_given(settings: _Settings, clip: Clip | None, task: Task) -> None:
+    """Refuse what the task does not read, and ask for what it needs, before an engine is started."""
+    sound_of_video = clip is not None and clip.samples is not None and "audio" in task.inputs
+    there = {
+        "text": settings.prompt is not None,
+        "video": settings.image is not None or settings.video is not None,
+        "audio": settings.audio is not None or sound_of_video,
+    }
+    task.check_inputs([kind for kind, given in there.items() if given])
+
+
+def _read_given(settings: _Settings, bundle: Bundle, task: Task) -> Clip | None:
     """The conditioning clip at the bundle's size and rate, or None."""
     from poet.media import Clip, read_audio, read_clip, read_image
 

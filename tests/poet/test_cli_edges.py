@@ -1,0 +1,304 @@
+"""The command line at its edges: files given twice or gone, metadata that cannot be trusted, devices, resumed runs."""
+
+import io
+import json
+import sys
+import time
+from collections.abc import Callable
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+from poet import __version__
+from poet.bundle import Bundle
+from poet.cli import output
+from poet.cli.main import main
+from poet.media import Clip, probe, write_clip
+from poet.testing import tiny_bundle
+
+RECIPES = Path(__file__).parents[2] / "recipes"
+
+
+@pytest.fixture(scope="module")
+def bundle(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    directory = tmp_path_factory.mktemp("bundle") / "tiny"
+    tiny_bundle(directory)
+    return directory
+
+
+@pytest.fixture
+def call(
+    capsys: pytest.CaptureFixture[str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> Callable[..., tuple[int, str, str]]:
+    """A command in an empty directory: exit code, standard output, standard error."""
+    monkeypatch.chdir(tmp_path)
+
+    def call(*arguments: object) -> tuple[int, str, str]:
+        code = main([str(argument) for argument in arguments])
+        captured = capsys.readouterr()
+        return code, captured.out, captured.err
+
+    return call
+
+
+@pytest.fixture
+def generate(call: Callable[..., tuple[int, str, str]], bundle: Path) -> Callable[..., tuple[int, str, str]]:
+    return lambda *arguments: call("generate", "--model", bundle, "--engine", "torch", "--json", *arguments)
+
+
+def film(
+    path: Path, *, frames: int = 9, sound: bool = True, metadata: dict[str, str] | None = None, seed: int = 0
+) -> Path:
+    rng = np.random.default_rng(seed)
+    clip = Clip(
+        frames=rng.integers(0, 255, (frames, 24, 40, 3), np.uint8) if frames else None,
+        fps=8.0,
+        samples=rng.uniform(-0.5, 0.5, 1800).astype(np.float32) if sound else None,
+        sample_rate=1600,
+    )
+    write_clip(clip, path, metadata=metadata)
+    return path
+
+
+# ------------------------------------------------------------------------------------------------------------- --like
+
+
+def test_a_clip_of_an_empty_prompt_is_made_again(generate: Callable[..., tuple[int, str, str]]) -> None:
+    _, first, _ = generate("", "-o", "one.mp4")
+    code, again, err = generate("--like", "one.mp4", "-o", "two.mp4")
+    assert code == 0, err
+    assert json.loads(again)["ids_sha256"] == json.loads(first)["ids_sha256"]
+    assert json.loads(again)["same_ids"] is True
+
+
+def test_no_prompt_is_not_recorded_as_an_empty_one(
+    generate: Callable[..., tuple[int, str, str]], tmp_path: Path
+) -> None:
+    generate("--image", film(tmp_path / "given.png", frames=1, sound=False), "-o", "one.mp4")
+    assert "prompt" not in probe("one.mp4").metadata
+    code, again, _ = generate("--like", "one.mp4", "-o", "two.mp4")
+    assert code == 0
+    assert json.loads(again)["same_ids"] is True
+
+
+def test_like_says_when_other_weights_write_other_ids(
+    generate: Callable[..., tuple[int, str, str]], tmp_path: Path
+) -> None:
+    generate("a red star", "-o", "one.mp4")
+    # The fingerprint names the vocabulary and its tokenizers; the weights may be others.
+    facts = probe("one.mp4").metadata | {"ids_sha256": "0" * 64}
+    film(tmp_path / "changed.mp4", metadata=facts)
+    code, out, err = generate("--like", "changed.mp4", "-o", "two.mp4")
+    assert code == 0
+    assert json.loads(out)["same_ids"] is False
+    assert "not those of changed.mp4" in err
+
+
+def test_like_with_a_given_file_that_is_gone_names_it_and_its_option(
+    generate: Callable[..., tuple[int, str, str]], tmp_path: Path
+) -> None:
+    given = film(tmp_path / "given.mp4")
+    generate("--video", given, "-o", "one.mp4")
+    given.unlink()
+    code, _, err = generate("--like", "one.mp4", "-o", "two.mp4")
+    assert code == 1
+    assert "given.mp4" in err
+    assert "--video" in err
+    code, out, err = generate("--like", "one.mp4", "-o", "two.mp4", "--video", film(tmp_path / "other.mp4", seed=1))
+    assert code == 0, err
+    assert json.loads(out)["given_video"].endswith("other.mp4")
+
+
+def test_an_image_takes_the_place_of_the_video_that_a_clip_was_made_from(
+    generate: Callable[..., tuple[int, str, str]], tmp_path: Path
+) -> None:
+    generate("--video", film(tmp_path / "given.mp4"), "-o", "one.mp4")
+    picture = film(tmp_path / "given.png", frames=1, sound=False)
+    code, out, err = generate("--like", "one.mp4", "--image", picture, "-o", "two.mp4")
+    assert code == 0, err
+    assert "given_video" not in json.loads(out)
+
+
+@pytest.mark.parametrize("change", [{"seed": "soon"}, {"top_p": "x"}, {"temperature": None}, {"engine": None}])
+def test_like_refuses_metadata_that_was_changed(
+    generate: Callable[..., tuple[int, str, str]], bundle: Path, tmp_path: Path, change: dict[str, str | None]
+) -> None:
+    facts = {"task": "text_to_video", "prompt": "x", "seed": "1", "temperature": "1.0", "top_k": "0", "top_p": "1.0"}
+    facts |= {"engine": "torch", "fingerprint": Bundle.open(bundle).fingerprint}
+    kept = {name: value for name, value in {**facts, **change}.items() if value is not None}
+    code, _, err = generate("--like", film(tmp_path / "evil.mp4", metadata=kept), "-o", "two.mp4")
+    assert code == 1
+    assert "metadata was changed" in err
+
+
+# ------------------------------------------------------------------------------------------------ what is given, and -o
+
+
+@pytest.mark.parametrize("option", ["--video", "--like"])
+def test_a_file_that_is_given_is_not_written_over(
+    generate: Callable[..., tuple[int, str, str]], option: str, tmp_path: Path
+) -> None:
+    generate("a red star", "-o", "clip.mp4")
+    before = (tmp_path / "clip.mp4").read_bytes()
+    code, _, err = generate(option, "clip.mp4")
+    assert code == 1
+    assert "written over" in err
+    assert (tmp_path / "clip.mp4").read_bytes() == before
+
+
+@pytest.mark.parametrize(
+    ("arguments", "said"),
+    [
+        (["x", "--task", "text_to_video", "--video", "given.mp4"], "takes no video"),
+        (["x", "--image", "given.png", "--audio", "given.wav"], "takes no audio"),
+        (["--task", "inpainting"], "needs video"),
+        (["--task", "captioning", "--video", "given.mp4", "-o", "said.txt"], "printed"),
+    ],
+)
+def test_what_a_task_does_not_take_is_refused_before_an_engine_is_started(
+    generate: Callable[..., tuple[int, str, str]], tmp_path: Path, arguments: list[str], said: str
+) -> None:
+    film(tmp_path / "given.mp4")
+    film(tmp_path / "given.png", frames=1, sound=False)
+    film(tmp_path / "given.wav", frames=0)
+    code, out, err = generate(*arguments)
+    assert code == 1
+    assert out == ""
+    assert said in err
+    assert "starting" not in err
+
+
+def test_a_video_and_a_sound_are_continued_together(
+    generate: Callable[..., tuple[int, str, str]], tmp_path: Path
+) -> None:
+    sound = film(tmp_path / "given.wav", frames=0)
+    _, out, _ = generate("--video", film(tmp_path / "given.mp4", sound=False), "--audio", sound, "-o", "one.mp4")
+    assert json.loads(out)["task"] == "audio_video_continuation"
+
+
+def test_a_caption_has_the_room_that_the_scene_leaves(
+    generate: Callable[..., tuple[int, str, str]], tmp_path: Path
+) -> None:
+    code, out, err = generate("--task", "captioning", "--video", film(tmp_path / "given.mp4"))
+    assert code == 0, err
+    assert isinstance(json.loads(out)["text"], str)
+
+
+def test_reconstruct_refuses_a_bad_target_before_it_reads(
+    call: Callable[..., tuple[int, str, str]], bundle: Path
+) -> None:
+    code, _, err = call("reconstruct", "missing.mp4", "--model", bundle, "-o", "out.xyz")
+    assert code == 1
+    assert ".xyz" in err
+
+
+@pytest.mark.parametrize("metadata", [True, False])
+def test_a_reconstruction_says_what_made_it_unless_asked_not_to(
+    call: Callable[..., tuple[int, str, str]], bundle: Path, tmp_path: Path, metadata: bool
+) -> None:
+    source = film(tmp_path / "given.mp4")
+    code, _, err = call(
+        "reconstruct", source, "--model", bundle, "-o", "back.mp4", "--metadata" if metadata else "--no-metadata"
+    )
+    assert code == 0, err
+    facts = probe("back.mp4").metadata
+    assert facts.get("generator") == (f"Poet {__version__}" if metadata else None)
+
+
+# ------------------------------------------------------------------------------------------------ devices and recipes
+
+
+@pytest.mark.parametrize("device", ["toaster", "meta", "cuda:99"])
+@pytest.mark.parametrize("command", ["reconstruct", "encode", "train"])
+def test_a_device_that_is_not_there_is_told_in_one_line(
+    call: Callable[..., tuple[int, str, str]], bundle: Path, tmp_path: Path, command: str, device: str
+) -> None:
+    film(tmp_path / "clips.mp4")
+    arguments = {
+        "reconstruct": ["clips.mp4", "--model", bundle, "-o", "out.mp4"],
+        "encode": ["toybox:train", "--count", 1, "--model", bundle, "-o", "shards"],
+        "train": [RECIPES / "nano" / "video_tokenizer.yaml", "-o", "run"],
+    }[command]
+    code, _, err = call(command, *arguments, "--device", device)
+    assert code == 1
+    assert "device must be" in err
+
+
+def test_a_run_directory_that_is_a_file_is_told_in_one_line(
+    call: Callable[..., tuple[int, str, str]], bundle: Path, tmp_path: Path
+) -> None:
+    (tmp_path / "taken").write_text("x")
+    code, _, err = call("train", RECIPES / "nano" / "text_tokenizer.yaml", "-o", "taken")
+    assert code == 1
+    assert "taken" in err
+    code, _, err = call("evaluate", bundle, "--what", "reconstruction", "-o", "taken", "--count", 1)
+    assert code == 1
+    assert "taken" in err
+
+
+def test_tokenizers_are_put_together_again_by_the_same_command(
+    call: Callable[..., tuple[int, str, str]], bundle: Path
+) -> None:
+    sets = [f"{kind}_tokenizer={bundle}/{kind}_tokenizer" for kind in ("video", "audio", "text")]
+    sets += ["resolutions=[[24, 40]]", "defaults.height=24", "defaults.width=40", "defaults.num_frames=5"]
+    command = ["train", RECIPES / "nano" / "tokenizers.yaml", "-o", "run", *(x for s in sets for x in ("--set", s))]
+    assert [call(*command)[0], call(*command)[0]] == [0, 0]
+
+
+def test_an_audio_codec_does_not_learn_from_sound_of_another_rate(call: Callable[..., tuple[int, str, str]]) -> None:
+    code, _, err = call(
+        "train", RECIPES / "nano" / "audio_tokenizer.yaml", "-o", "run", "--set", "codec.sample_rate=24000"
+    )
+    assert code == 1
+    assert "24000" in err
+
+
+@pytest.mark.parametrize("task", ["captioning", "inpainting", "unconditional"])
+def test_a_task_that_the_judge_cannot_judge_is_refused(
+    call: Callable[..., tuple[int, str, str]], bundle: Path, task: str
+) -> None:
+    code, _, err = call("evaluate", bundle, "--engine", "torch", "--task", task)
+    assert code == 1
+    assert "cannot be evaluated" in err
+
+
+# ------------------------------------------------------------------------------------------------------ what is printed
+
+
+def test_the_version_is_printed(call: Callable[..., tuple[int, str, str]]) -> None:
+    assert call("--version") == (0, f"{__version__}\n", "")
+
+
+def test_metadata_cannot_steer_the_terminal(call: Callable[..., tuple[int, str, str]], tmp_path: Path) -> None:
+    film(tmp_path / "evil.mp4", metadata={"prompt": "a\x1b[2J\nfile: trusted.mp4\u202e"})
+    code, out, _ = call("info", "evil.mp4")
+    assert code == 0
+    assert "\x1b" not in out
+    assert "\u202e" not in out
+    assert "\nfile: trusted" not in out
+    assert json.loads(call("info", "evil.mp4", "--json")[1])["metadata"]["prompt"].startswith("a\x1b[2J\n")
+
+
+def test_a_terminal_without_unicode_shows_what_it_can(monkeypatch: pytest.MonkeyPatch) -> None:
+    raw = io.BytesIO()
+    monkeypatch.setattr(sys, "stdout", io.TextIOWrapper(raw, encoding="ascii"))
+    output.show_result({"prompt": "星 \udcff", "clips": [{"file": "a"}, {"file": "b"}]}, False)
+    assert raw.getvalue().decode() == "prompt: \\u661f \\udcff\nclips:\n  - file: a\n  - file: b\n"
+
+
+def test_numbers_that_are_not_finite_are_null_in_json(capsys: pytest.CaptureFixture[str]) -> None:
+    output.show_result({"a": [float("nan"), {"b": float("inf")}], "c": 1.5}, True)
+    assert json.loads(capsys.readouterr().out) == {"a": [None, {"b": None}], "c": 1.5}
+
+
+def test_a_resumed_run_does_not_count_the_steps_of_the_earlier_one(
+    capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    now = 0.0
+    monkeypatch.setattr(time, "monotonic", lambda: now)
+    with output.progress("training") as advance:
+        advance(5001, 6001, "")
+        now = 10.0
+        advance(5011, 6001, "loss 1")
+    assert capsys.readouterr().err == "training: 5011/6001, about 990 s left, loss 1\n"
