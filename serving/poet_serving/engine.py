@@ -33,6 +33,10 @@ __all__ = ["VLLMEngine", "check_settings"]
 BLOCK_SIZE = 128
 """Ids in one page of the cache; the CPU kernels want a multiple of 32."""
 
+SMALL_MODEL = 50_000_000
+"""Parameters. Below, a step's kernels are so short that waking threads for each costs more than they save, and on a
+busy machine, where every kernel waits for the thread that was put off, many times more."""
+
 # What vLLM reads from the environment. The first must hold; the others are defaults that a user may set otherwise.
 _REQUIRED_ENVIRONMENT = {"VLLM_ENABLE_V1_MULTIPROCESSING": "0", "VLLM_USE_V2_MODEL_RUNNER": "0"}
 _DEFAULT_ENVIRONMENT = {
@@ -53,6 +57,8 @@ class VLLMEngine:
         max_num_seqs: Requests that are written at once; the others wait for their turn.
         num_cache_blocks: Pages of `BLOCK_SIZE` ids in the cache; None: enough that `max_num_seqs` requests of full
             length fit and none is ever preempted.
+        num_threads: Threads of a step; None: one for a model of less than `SMALL_MODEL` parameters, else as many as
+            PyTorch has. They are the caller's again between calls.
 
     Raises:
         CheckpointError: The directory holds no model.
@@ -69,14 +75,18 @@ class VLLMEngine:
         dtype: str = "auto",
         max_num_seqs: int = 16,
         num_cache_blocks: int | None = None,
+        num_threads: int | None = None,
     ) -> None:
         self._vllm: Any = None
         self._config = _read_config(Path(bundle_dir))
         if dtype not in ("auto", "float32", "bfloat16"):
             raise ConfigError(f"dtype must be 'auto', 'float32' or 'bfloat16', got {dtype!r}.")
         dtype = _fastest_dtype() if dtype == "auto" else dtype
-        if max_num_seqs < 1:
-            raise ConfigError(f"max_num_seqs must be at least 1, got {max_num_seqs}.")
+        for option, value in (("max_num_seqs", max_num_seqs), ("num_threads", num_threads)):
+            if value is not None and value < 1:
+                raise ConfigError(f"{option} must be at least 1, got {value}.")
+        small = self._config.num_parameters < SMALL_MODEL
+        self._num_threads = 1 if num_threads is None and small else num_threads
         longest = self._config.scene_length
         blocks_each = -(-longest // BLOCK_SIZE)
         # One page of any pool is vLLM's own.
@@ -137,6 +147,8 @@ class VLLMEngine:
         longest = {name: max_output_length(request.grammar) for name, request in zip(outputs, requests, strict=True)}
         done, total = 0, sum(longest.values())
         started: list[str] = []
+        threads_before = torch.get_num_threads()
+        torch.set_num_threads(self._num_threads or threads_before)
         try:
             for request_id, request, parameter in zip(outputs, requests, parameters, strict=True):
                 prompt = {"prompt_token_ids": list(request.prefix_ids)}
@@ -150,6 +162,7 @@ class VLLMEngine:
                 if progress is not None:
                     progress(done, total)
         finally:
+            torch.set_num_threads(threads_before)
             if self._vllm.has_unfinished_requests():  # Ctrl-C, or progress() raised: the engine stays usable
                 self._vllm.abort_request(started, internal=True)
         return list(outputs.values())

@@ -152,6 +152,9 @@ def test_it_starts_no_process(engine: VLLMEngine) -> None:
 def test_it_leaves_the_callers_threads_and_random_numbers_alone(engine: VLLMEngine) -> None:
     before = torch.get_num_threads()
     torch.set_num_threads(before + 1)
+    within: list[int] = []
+    engine.generate([request_of(0)], lambda done, total: within.append(torch.get_num_threads()))
+    assert set(within) == {1}  # a small model
     assert torch.get_num_threads() == before + 1
     torch.set_num_threads(before)
 
@@ -185,7 +188,8 @@ def test_settings_under_which_a_long_prompt_would_hang_are_refused(engine: VLLME
     ("options", "message"),
     [
         ({"dtype": "float16"}, "must be 'auto', 'float32' or 'bfloat16'"),
-        ({"max_num_seqs": 0}, "at least 1"),
+        ({"max_num_seqs": 0}, "max_num_seqs must be at least 1"),
+        ({"num_threads": 0}, "num_threads must be at least 1"),
         ({"num_cache_blocks": 2}, "at least 3"),
     ],
 )
