@@ -11,9 +11,11 @@ behind at Ctrl-C. This module knows ids and grammars; codes, clips and files bel
 import contextlib
 import gc
 import json
+import logging
 import os
 import random
 import secrets
+import warnings
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from types import TracebackType
@@ -251,7 +253,7 @@ def _start(arguments: dict[str, Any]) -> Any:
     os.environ.update(_REQUIRED_ENVIRONMENT)
     for key, value in _DEFAULT_ENVIRONMENT.items():
         os.environ.setdefault(key, value)
-    with _quick_start(), _own_process_state():
+    with _quick_start(), _own_process_state(), _quiet():
         # Only now: vLLM reads part of the environment at import, and takes seconds to import.
         try:
             from vllm import ModelRegistry
@@ -287,6 +289,23 @@ def _start(arguments: dict[str, Any]) -> Any:
         except BaseException:
             cleanup_dist_env_and_memory()  # so that this process can start another
             raise
+
+
+@contextlib.contextmanager
+def _quiet() -> Iterator[None]:
+    """Hold back what is said during a start that nobody can act on."""
+    # vLLM sets up its logging only after its first warnings (here: that there is no Triton for CPUs).
+    logging.getLogger("vllm").setLevel(os.environ["VLLM_LOGGING_LEVEL"])
+    # vLLM opens generation_config.json even when told not to use it, and transformers comments on Poet's keys.
+    comments = logging.getLogger("transformers.generation.configuration_utils")
+    level = comments.level
+    comments.setLevel(logging.ERROR)
+    try:
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore", FutureWarning)
+            yield
+    finally:
+        comments.setLevel(level)
 
 
 @contextlib.contextmanager
