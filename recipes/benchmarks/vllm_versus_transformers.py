@@ -32,10 +32,6 @@ from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Final, NamedTuple, Protocol
 
-# Before torch and vLLM are imported: the rule of one thread, and quiet logs.
-os.environ.update({"OMP_NUM_THREADS": "1", "MKL_NUM_THREADS": "1", "OMP_WAIT_POLICY": "PASSIVE"})
-os.environ.setdefault("TORCH_CPP_LOG_LEVEL", "ERROR")
-
 if TYPE_CHECKING:
     from poet.model.config import PoetConfig
 
@@ -290,6 +286,9 @@ def parse(arguments: Sequence[str] | None = None) -> argparse.Namespace:
 def main() -> None:
     """Measure both sides, print the table, write the report."""
     options = parse()
+    # Before torch and vLLM are imported: the rule of one thread, and quiet logs.
+    os.environ.update({"OMP_NUM_THREADS": "1", "MKL_NUM_THREADS": "1", "OMP_WAIT_POLICY": "PASSIVE"})
+    os.environ.setdefault("TORCH_CPP_LOG_LEVEL", "ERROR")
     about = hardware()
     from poet.model.config import PoetConfig
 
