@@ -8,6 +8,7 @@ import sys
 # Spinning OpenMP threads cost a factor of ten on shared machines; it must be set before torch is imported.
 os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
 os.environ.setdefault("GOMP_SPINCOUNT", "0")
+os.environ.setdefault("TORCH_CPP_LOG_LEVEL", "ERROR")
 
 import functools
 from collections.abc import Callable

@@ -13,7 +13,7 @@ from torch import Tensor
 from poet.errors import CheckpointError, ConfigError
 from poet.grammar import Allowed
 
-__all__ = ["SamplingConfig", "build_generator", "sample"]
+__all__ = ["SamplingConfig", "build_generator", "fold_seed", "sample"]
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -57,8 +57,13 @@ def build_generator(config: SamplingConfig) -> torch.Generator:
     if config.seed is None:
         generator.seed()
     else:
-        generator.manual_seed(config.seed)
+        generator.manual_seed(fold_seed(config.seed))
     return generator
+
+
+def fold_seed(seed: int) -> int:
+    """Bring a seed of 63 bits into 32: PyTorch's CPU generator ignores the rest. Small seeds stay as they are."""
+    return (seed ^ (seed >> 32) * 0x9E3779B1) & 0xFFFFFFFF
 
 
 def sample(

@@ -27,6 +27,7 @@ from safetensors import SafetensorError
 
 from poet.errors import CheckpointError, ConfigError, PoetError
 from poet.generation.engine import GenerationRequest, check_request
+from poet.generation.sampling import fold_seed
 from poet.grammar import max_output_length
 from poet.model.config import PoetConfig
 
@@ -183,7 +184,7 @@ class VLLMEngine:
             top_k=sampling.top_k,
             top_p=sampling.top_p,
             # Without one, vLLM would draw the same clip in every new process.
-            seed=_fold(secrets.randbits(63) if sampling.seed is None else sampling.seed),
+            seed=fold_seed(secrets.randbits(63) if sampling.seed is None else sampling.seed),
             ignore_eos=True,
             detokenize=False,
             output_kind=RequestOutputKind.DELTA,
@@ -241,11 +242,6 @@ def _fastest_dtype() -> str:
     capabilities = torch.cpu.get_capabilities()
     multiplies = capabilities.get("avx512_bf16") or capabilities.get("amx_bf16")
     return "bfloat16" if multiplies else "float32"
-
-
-def _fold(seed: int) -> int:
-    """Bring a seed of 63 bits into 32: PyTorch's CPU generator ignores the rest. Small seeds stay as they are."""
-    return (seed ^ (seed >> 32) * 0x9E3779B1) & 0xFFFFFFFF
 
 
 def _start(arguments: dict[str, Any]) -> Any:

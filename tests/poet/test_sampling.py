@@ -132,3 +132,12 @@ def test_damaged_logits_are_refused(damage: float) -> None:
 def test_settings_out_of_range_are_refused(settings: dict[str, Any], message: str) -> None:
     with pytest.raises(ConfigError, match=message):
         SamplingConfig(**settings)
+
+
+def test_seeds_that_differ_in_their_upper_bits_alone_draw_differently():
+    draws = [
+        torch.rand(5, generator=build_generator(SamplingConfig(seed=seed))).tolist() for seed in (0, 2**62, 2**32, 7)
+    ]
+    assert len({tuple(draw) for draw in draws}) == 4
+    plain = torch.rand(5, generator=torch.Generator().manual_seed(7)).tolist()
+    assert draws[3] == plain  # small seeds stay as they are
