@@ -65,9 +65,11 @@ class LanguageRecipe:
         optional_share: share of scenes in which an input that the task may do without is given.
         num_steps: optimiser steps in all.
         batch_size: scenes a step.
-        learning_rate: highest; a linear warm-up, then a cosine down to `learning_rate_floor` of it.
+        optimizer: "adamw", or "muon" for the layers' matrices with AdamW for the embedding, head and gains.
+        learning_rate: highest, of AdamW; a linear warm-up, then a cosine down to `learning_rate_floor` of it.
+        muon_learning_rate: highest, of Muon, in the scale in which an update has AdamW's usual size.
         warmup_steps: steps of the linear rise.
-        learning_rate_floor: share of `learning_rate` that is left at the end.
+        learning_rate_floor: share of both rates that is left at the end.
         beta2: of AdamW.
         weight_decay: of matrices; gains are not decayed.
         ema_decay: of the averaged weights, which are what is measured and exported.
@@ -89,7 +91,9 @@ class LanguageRecipe:
     optional_share: float = 0.5
     num_steps: int = 2_000
     batch_size: int = 24
+    optimizer: Literal["adamw", "muon"] = "adamw"
     learning_rate: float = 1.5e-3
+    muon_learning_rate: float = 4e-3
     warmup_steps: int = 100
     learning_rate_floor: float = 0.05
     beta2: float = 0.98
@@ -103,8 +107,9 @@ class LanguageRecipe:
     seed: int = 0
 
     def __post_init__(self) -> None:
-        if min(self.num_steps, self.batch_size, self.validation_batches) < 1 or self.learning_rate <= 0:
-            raise ConfigError("num_steps, batch_size, validation_batches and learning_rate must be positive.")
+        for name in ("num_steps", "batch_size", "validation_batches", "learning_rate", "muon_learning_rate"):
+            if not getattr(self, name) > 0:
+                raise ConfigError(f"{name} must be positive, got {getattr(self, name)!r}.")
 
 
 class LanguageTraining:
@@ -132,10 +137,7 @@ class LanguageTraining:
             self._start_from(recipe.start_from)
         self.model.to(self.device)
         self.average = ExponentialMovingAverage(self.model, recipe.ema_decay)
-        decayed = [weight for weight in self.model.parameters() if weight.ndim > 1]
-        gains = [weight for weight in self.model.parameters() if weight.ndim == 1]
-        groups = [{"params": decayed, "weight_decay": recipe.weight_decay}, {"params": gains, "weight_decay": 0.0}]
-        self.optimizer = torch.optim.AdamW(groups, lr=recipe.learning_rate, betas=(0.9, recipe.beta2), fused=True)
+        self.optimizers = _optimizers(self.model, recipe)
         if recipe.compile:
             self.model.compile(dynamic=True)
         self.drawing = ThreadPoolExecutor(1)
@@ -145,22 +147,22 @@ class LanguageTraining:
         """One optimiser step; returns losses by modality, ids and the gradient's norm."""
         recipe = self.recipe
         batch = self._batch(step)
-        rate = recipe.learning_rate * cosine_schedule(
-            step, recipe.warmup_steps, recipe.num_steps, recipe.learning_rate_floor
-        )
-        for group in self.optimizer.param_groups:
-            group["lr"] = rate
+        multiplier = cosine_schedule(step, recipe.warmup_steps, recipe.num_steps, recipe.learning_rate_floor)
+        for optimizer, highest in self.optimizers.values():
+            for group in optimizer.param_groups:
+                group["lr"] = highest * multiplier
         loss_mask = batch["loss_mask"].to(self.device)
-        self.optimizer.zero_grad(set_to_none=True)
+        self.model.zero_grad(set_to_none=True)
         losses = self._losses(self.model, batch, loss_mask, backward_from_targets)
         norm = nn.utils.clip_grad_norm_(self.model.parameters(), recipe.gradient_clip)
-        self.optimizer.step()
+        for optimizer, _ in self.optimizers.values():
+            optimizer.step()
         self.average.update(self.model)
         return {
             "loss": float(losses.mean()),
             **modality_means(losses, batch["modality"].to(self.device), loss_mask, MODALITIES),
             "gradient_norm": float(norm),
-            "learning_rate": rate,
+            "learning_rate": recipe.learning_rate * multiplier,
             "ids": float(batch["lengths"].sum()),
             "padding_share": 1 - float(batch["lengths"].sum()) / batch["ids"].numel(),
             "epoch": self.loader.epoch_of(step),
@@ -184,7 +186,7 @@ class LanguageTraining:
         return {
             "model": self.model.state_dict(),
             "average": self.average.state_dict(),
-            "optimizer": self.optimizer.state_dict(),
+            "optimizers": {name: optimizer.state_dict() for name, (optimizer, _) in self.optimizers.items()},
             "fingerprint": self.bundle.fingerprint,
             "loader": self.loader.state_dict(),
         }
@@ -204,7 +206,8 @@ class LanguageTraining:
         self.loader.load_state_dict(state["loader"])
         self.model.load_state_dict(state["model"])
         self.average.load_state_dict(state["average"])
-        self.optimizer.load_state_dict(state["optimizer"])
+        for name, (optimizer, _) in self.optimizers.items():
+            optimizer.load_state_dict(state["optimizers"][name])
 
     def export(self, directory: Path) -> None:
         """Write the bundle with the averaged weights."""
@@ -269,3 +272,32 @@ class LanguageTraining:
         batch = self.drawn.pop(step).result()
         self.drawn = {number: future for number, future in self.drawn.items() if number > step}
         return batch
+
+
+def _optimizers(model: PoetTransformer, recipe: LanguageRecipe) -> dict[str, tuple[torch.optim.Optimizer, float]]:
+    """Optimisers by name, each with its highest learning rate; between them every parameter is stepped once.
+
+    Muon orthogonalises the update of a matrix, which suits those between hidden states and not the tables of ids.
+
+    Source: Jordan et al., "Muon", 2024; its scale after Liu et al., "Muon is scalable for LLM training",
+    arXiv:2502.16982, section 2.2.
+    """
+    matrices = [weight for weight in model.model.layers.parameters() if weight.ndim > 1]
+    orthogonalised = matrices if recipe.optimizer == "muon" else []
+    taken = {id(weight) for weight in orthogonalised}
+    rest = [weight for weight in model.parameters() if id(weight) not in taken]
+    groups = [
+        {"params": [weight for weight in rest if weight.ndim > 1], "weight_decay": recipe.weight_decay},
+        {"params": [weight for weight in rest if weight.ndim == 1], "weight_decay": 0.0},
+    ]
+    adamw = torch.optim.AdamW(groups, lr=recipe.learning_rate, betas=(0.9, recipe.beta2), fused=True)
+    optimizers: dict[str, tuple[torch.optim.Optimizer, float]] = {"adamw": (adamw, recipe.learning_rate)}
+    if orthogonalised:
+        muon = torch.optim.Muon(
+            orthogonalised,
+            lr=recipe.muon_learning_rate,
+            weight_decay=recipe.weight_decay,
+            adjust_lr_fn="match_rms_adamw",
+        )
+        optimizers["muon"] = (muon, recipe.muon_learning_rate)
+    return optimizers

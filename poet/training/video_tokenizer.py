@@ -9,7 +9,7 @@ Legend: B clips, N frames of H x W pixels, K bits.
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from pathlib import Path
 from typing import Any, Literal, Protocol
@@ -23,7 +23,14 @@ from poet.errors import ConfigError
 from poet.training.loop import ExponentialMovingAverage, cosine_schedule
 from poet_tokenizers.magvit2.config import MagViT2Config
 from poet_tokenizers.magvit2.discriminator import VideoDiscriminator
-from poet_tokenizers.magvit2.losses import LeCam, detail_weights, hinge_loss, psnr, reconstruction_loss
+from poet_tokenizers.magvit2.losses import (
+    LeCam,
+    detail_weights,
+    edge_weights,
+    hinge_loss,
+    psnr,
+    reconstruction_loss,
+)
 from poet_tokenizers.magvit2.model import MagViT2
 from poet_tokenizers.magvit2.quantizer import Quantized
 
@@ -56,6 +63,8 @@ class VideoTokenizerRecipe:
         start_from: directory of a tokenizer whose weights to begin with; null starts from random weights.
         num_steps: optimiser steps in all.
         batch_size: B.
+        hard_share: of a batch, how many clips are drawn in proportion to the loss that they had when last seen; the
+            others are gone through in turn.
         learning_rate: highest; a linear warm-up, then a cosine down to `learning_rate_floor` of it.
         warmup_steps: steps of the linear rise.
         learning_rate_floor: share of `learning_rate` that is left at the end.
@@ -63,6 +72,7 @@ class VideoTokenizerRecipe:
         ema_decay: of the averaged weights, which are what is measured and exported.
         l1_share: share of absolute error in the reconstruction loss; the rest is squared error.
         detail_strength: extra weight of places that differ from a clip's median colour.
+        edge_share: share of a clip's reconstruction loss that falls on edges alone.
         commitment_weight: of the distance between latents and codes.
         sample_entropy_weight: rewards sure codes.
         codebook_entropy_weight: rewards that all codes are used.
@@ -89,6 +99,7 @@ class VideoTokenizerRecipe:
     start_from: Path | None = None
     num_steps: int = 10_000
     batch_size: int = 8
+    hard_share: float = 0.0
     learning_rate: float = 1e-3
     warmup_steps: int = 100
     learning_rate_floor: float = 0.02
@@ -96,6 +107,7 @@ class VideoTokenizerRecipe:
     ema_decay: float = 0.999
     l1_share: float = 0.0
     detail_strength: float = 0.0
+    edge_share: float = 0.0
     commitment_weight: float = 0.25
     sample_entropy_weight: float = 0.1
     codebook_entropy_weight: float = 0.1
@@ -113,8 +125,11 @@ class VideoTokenizerRecipe:
     def __post_init__(self) -> None:
         if min(self.source_clips, self.validation_clips, self.num_steps, self.batch_size) < 1:
             raise ConfigError("source_clips, validation_clips, num_steps and batch_size must be at least 1.")
-        if not 0 <= self.l1_share <= 1 or self.learning_rate <= 0:
-            raise ConfigError(f"l1_share must lie in [0, 1] and learning_rate be positive, got {self}.")
+        for name in ("hard_share", "l1_share", "edge_share"):
+            if not 0 <= getattr(self, name) <= 1:
+                raise ConfigError(f"{name} must lie in [0, 1], got {getattr(self, name)!r}.")
+        if self.learning_rate <= 0:
+            raise ConfigError(f"learning_rate must be positive, got {self.learning_rate!r}.")
 
 
 class VideoTokenizerTraining:
@@ -154,13 +169,14 @@ class VideoTokenizerTraining:
         if recipe.compile:
             self.model.encoder.compile()
             self.model.decoder.compile()
+        self.losses = torch.zeros(min(recipe.source_clips, len(source)) if recipe.hard_share > 0 else 0)
         self.drawing = ThreadPoolExecutor(1)
-        self.drawn: dict[int, Future[Tensor]] = {}
+        self.drawn: dict[int, Future[list[NDArray[np.uint8]]]] = {}
 
     def train_step(self, step: int) -> dict[str, float]:
         """One optimiser step; returns losses, the batch's PSNR, entropies in nats a bit and the gradient's norm."""
         recipe = self.recipe
-        video = self._batch(step)
+        indices, video = self._batch(step)
         rate = recipe.learning_rate * cosine_schedule(
             step, recipe.warmup_steps, recipe.num_steps, recipe.learning_rate_floor
         )
@@ -169,7 +185,11 @@ class VideoTokenizerTraining:
         with self._autocast():
             output, quantized = self.model(video)
         output = output.float()
-        loss = reconstruction_loss(output, video, detail_weights(video, recipe.detail_strength), recipe.l1_share)
+        weights = edge_weights(video, detail_weights(video, recipe.detail_strength), recipe.edge_share)
+        losses = reconstruction_loss(output, video, weights, recipe.l1_share)
+        if len(self.losses):
+            self.losses[indices] = losses.detach().cpu()
+        loss = losses.mean()
         metrics = {"reconstruction_loss": float(loss.detach()), "psnr": float(psnr(output.detach(), video).mean())}
         loss = loss + self._quantizer_loss(quantized, step)
         adversarial = self.discriminator is not None and step >= recipe.adversarial_start
@@ -227,6 +247,8 @@ class VideoTokenizerTraining:
             "average": self.average.state_dict(),
             "optimizer": self.optimizer.state_dict(),
         }
+        if len(self.losses):
+            state["losses"] = self.losses
         if self.discriminator is not None:
             state["discriminator"] = self.discriminator.state_dict()
             state["discriminator_optimizer"] = self.discriminator_optimizer.state_dict()
@@ -238,6 +260,8 @@ class VideoTokenizerTraining:
         self.model.load_state_dict(state["model"])
         self.average.load_state_dict(state["average"])
         self.optimizer.load_state_dict(state["optimizer"])
+        if len(self.losses):
+            self.losses.copy_(state["losses"])
         if self.discriminator is not None:
             self.discriminator.load_state_dict(state["discriminator"])
             self.discriminator_optimizer.load_state_dict(state["discriminator_optimizer"])
@@ -282,21 +306,42 @@ class VideoTokenizerTraining:
         self.discriminator_optimizer.step()
         return {"discriminator_loss": float(hinge.detach())}
 
-    def _batch(self, step: int) -> Tensor:
-        """The step's clips; those of the next step are drawn meanwhile."""
-        for number in (step, step + 1):
-            if number not in self.drawn:
-                self.drawn[number] = self.drawing.submit(self._draw, number)
-        batch = self.drawn.pop(step).result()
+    def _batch(self, step: int) -> tuple[list[int], Tensor]:
+        """Numbers and frames of the step's clips; those of the next step that come in turn are drawn meanwhile."""
+        indices, hard = self._in_turn(step), self._hard(step)
+        if step not in self.drawn:
+            self.drawn[step] = self.drawing.submit(self._draw, indices)
+        drawn_hard = self.drawing.submit(self._draw, hard)
+        if step + 1 not in self.drawn:
+            self.drawn[step + 1] = self.drawing.submit(self._draw, self._in_turn(step + 1))
+        clips = self.drawn.pop(step).result() + drawn_hard.result()
         self.drawn = {number: future for number, future in self.drawn.items() if number > step}
-        return batch.to(self.device)
+        return indices + hard, to_video(np.stack(clips)).to(self.device)
 
-    def _draw(self, step: int) -> Tensor:
-        first, count = step * self.recipe.batch_size, min(self.recipe.source_clips, len(self.source))
-        clips = [self.source.frames((first + i) % count) for i in range(self.recipe.batch_size)]
+    def _hard_count(self, step: int) -> int:
+        return round(self.recipe.hard_share * self.recipe.batch_size) if step > 0 else 0
+
+    def _in_turn(self, step: int) -> list[int]:
+        """Numbers of the clips of `step` that do not depend on what came before."""
+        taken = self.recipe.batch_size - self._hard_count(step)
+        count = min(self.recipe.source_clips, len(self.source))
+        return [index % count for index in range(step * taken, (step + 1) * taken)]
+
+    def _hard(self, step: int) -> list[int]:
+        """Numbers drawn in proportion to the losses so far; a clip that was never seen has none."""
+        hard = self._hard_count(step)
+        if not hard or not float(self.losses.sum()) > 0:
+            return []
+        odds = (self.losses.double() / self.losses.double().sum()).numpy()
+        rng = np.random.default_rng([self.recipe.seed, step])
+        chosen: list[int] = rng.choice(len(odds), size=hard, p=odds).tolist()
+        return chosen
+
+    def _draw(self, indices: Sequence[int]) -> list[NDArray[np.uint8]]:
+        clips = [self.source.frames(index) for index in indices]
         for clip in clips:
             self._check_frames(clip)
-        return to_video(np.stack(clips))
+        return clips
 
     def _check_frames(self, clip: NDArray[np.uint8]) -> None:
         """Training neither pads nor crops, so that every pixel of the loss is one of the clip."""

@@ -180,13 +180,13 @@ def test_the_loss_is_the_mean_of_its_modalities_weighted_by_their_targets(ground
     assert 0 <= metrics["padding_share"] < 1
 
 
-@pytest.mark.parametrize("precision", ["bf16", "fp32"])
-def test_a_killed_run_goes_on_to_the_last_digit(precision: str, ground: Ground, tmp_path: Path) -> None:
-    whole = ground.training(precision=precision)
+@pytest.mark.parametrize(("precision", "optimizer"), [("fp32", "adamw"), ("bf16", "adamw"), ("bf16", "muon")])
+def test_a_killed_run_goes_on_to_the_last_digit(precision: str, optimizer: str, ground: Ground, tmp_path: Path) -> None:
+    whole = ground.training(precision=precision, optimizer=optimizer)
     fit(whole, LOOP, tmp_path / "whole")
 
     def killed() -> None:
-        training = ground.training(precision=precision)
+        training = ground.training(precision=precision, optimizer=optimizer)
         step = training.train_step
         training.train_step = lambda n: os.kill(os.getpid(), signal.SIGKILL) or {} if n == 5 else step(n)  # type: ignore[method-assign]
         fit(training, LOOP, tmp_path / "killed")
@@ -195,7 +195,7 @@ def test_a_killed_run_goes_on_to_the_last_digit(precision: str, ground: Ground, 
     process.start()
     process.join()
     assert process.exitcode == -signal.SIGKILL
-    resumed = ground.training(precision=precision)
+    resumed = ground.training(precision=precision, optimizer=optimizer)
     with torch.no_grad():
         resumed.model.model.embed_tokens.weight.zero_()  # its own first weights must not matter
     assert fit(resumed, LOOP, tmp_path / "killed").finished
@@ -213,13 +213,36 @@ def test_validation_does_not_disturb_training(ground: Ground) -> None:
     assert _same(_weights(plain), _weights(measured))
 
 
-def test_gains_are_not_decayed(ground: Ground) -> None:
-    training = ground.training()
-    decays = {
-        id(weight): group["weight_decay"] for group in training.optimizer.param_groups for weight in group["params"]
-    }
+@pytest.mark.parametrize("optimizer", ["adamw", "muon"])
+def test_every_weight_is_stepped_by_one_optimiser_and_gains_are_not_decayed(optimizer: str, ground: Ground) -> None:
+    training = ground.training(optimizer=optimizer)
+    groups = [
+        (name, group, weight)
+        for name, (each, _) in training.optimizers.items()
+        for group in each.param_groups
+        for weight in group["params"]
+    ]
+    found = {id(weight): (name, group["weight_decay"]) for name, group, weight in groups}
+    assert len(found) == len(groups)
     for name, weight in training.model.named_parameters():
-        assert decays[id(weight)] == (0 if "norm" in name else training.recipe.weight_decay), name
+        matrix_of_a_layer = "layers" in name and "norm" not in name
+        assert found[id(weight)] == (
+            "muon" if optimizer == "muon" and matrix_of_a_layer else "adamw",
+            0 if "norm" in name else training.recipe.weight_decay,
+        ), name
+
+
+def test_muon_moves_a_matrix_evenly_in_every_direction(ground: Ground) -> None:
+    training = ground.training(optimizer="muon", warmup_steps=0, weight_decay=0.0, muon_learning_rate=0.01)
+    weight = training.model.model.layers[0].mlp.gate_proj.weight
+    before = weight.detach().clone()
+    training.train_step(0)
+    assert weight.grad is not None
+    update, gradient = (torch.linalg.svdvals(each) for each in (weight.detach() - before, weight.grad))
+    # The rate is that of the matrix's largest singular value, which five iterations bring to between 0.5 and 1.5 of it.
+    assert float(update.max()) == pytest.approx(0.01 * 0.2 * max(weight.shape) ** 0.5, rel=0.5)
+    stable_ranks = [float(each.square().sum() / each.max().square()) for each in (update, gradient)]
+    assert stable_ranks[0] > 5 * stable_ranks[1]
 
 
 @pytest.mark.parametrize("tied", [True, False])

@@ -177,13 +177,15 @@ def test_a_run_without_adversary_has_no_discriminator() -> None:
     assert "discriminator" not in training.state_dict()
 
 
-@pytest.mark.parametrize("precision", ["bf16", "fp32"])
-def test_a_killed_run_goes_on_to_the_last_digit(precision: str, tmp_path: Path) -> None:
-    whole = _training(precision=precision)
+@pytest.mark.parametrize(
+    "changes", [{"precision": "bf16"}, {"precision": "fp32"}, {"hard_share": 0.5, "edge_share": 0.5}]
+)
+def test_a_killed_run_goes_on_to_the_last_digit(changes: dict[str, Any], tmp_path: Path) -> None:
+    whole = _training(**changes)
     fit(whole, LOOP, tmp_path / "whole")
 
     def killed() -> None:
-        training = _training(precision=precision)
+        training = _training(**changes)
         step = training.train_step
         training.train_step = lambda n: os.kill(os.getpid(), signal.SIGKILL) or {} if n == 5 else step(n)  # type: ignore[method-assign]
         fit(training, LOOP, tmp_path / "killed")
@@ -192,11 +194,14 @@ def test_a_killed_run_goes_on_to_the_last_digit(precision: str, tmp_path: Path) 
     process.start()
     process.join()
     assert process.exitcode == -signal.SIGKILL
-    resumed = _training(precision=precision, seed=3)  # its own first weights must not matter
+    resumed = _training(**changes)
+    with torch.no_grad():
+        resumed.model.encoder.output.weight.zero_()  # its own first weights must not matter
     result = fit(resumed, LOOP, tmp_path / "killed")
     assert result.finished
     assert isinstance(resumed.source, Noise)
-    assert resumed.source.asked[:2] == [3, 4]  # step 5 begins with clip 10 of 7
+    if "hard_share" not in changes:
+        assert resumed.source.asked[:2] == [3, 4]  # step 5 begins with clip 10 of 7
     files = [(tmp_path / run / "metrics.jsonl").read_bytes() for run in ("whole", "killed")]
     assert files[0] == files[1]
     assert _same(_weights(whole), _weights(resumed))
@@ -222,6 +227,19 @@ def test_clips_are_gone_through_in_turn_and_the_next_batch_is_drawn_ahead() -> N
     source = training.source
     assert isinstance(source, Noise)
     assert source.asked == [0, 1, 2, 3, 4, 5, 6, 0, 1, 2]  # 7 of 11 clips, two a step, and one step ahead
+
+
+def test_hard_clips_are_those_with_the_highest_losses_so_far() -> None:
+    training = _training(hard_share=0.5, batch_size=4)
+    seen = [index for step in range(3) for index in training._in_turn(step)]
+    assert seen == [0, 1, 2, 3, 2, 3, 4, 5]  # nothing is known to be hard at step 0
+    for step in range(2):
+        training.train_step(step)
+    assert (training.losses > 0).tolist() == [True] * 4 + [False] * 3
+    training.losses[2] = 1e6
+    indices, video = training._batch(2)
+    assert indices == [4, 5, 2, 2]
+    torch.testing.assert_close(video, to_video(np.stack([Noise().frames(index) for index in indices])))
 
 
 def test_the_loss_is_made_of_its_parts_and_the_entropies_are_boosted_at_first() -> None:
@@ -267,7 +285,15 @@ def test_code_use_counts_codes_and_the_size_of_an_even_codebook() -> None:
 
 
 @pytest.mark.parametrize(
-    "change", [{"batch_size": 0}, {"num_steps": 0}, {"l1_share": 1.1}, {"learning_rate": 0.0}, {"validation_clips": 0}]
+    "change",
+    [
+        {"batch_size": 0},
+        {"num_steps": 0},
+        {"l1_share": 1.1},
+        {"hard_share": -0.1},
+        {"learning_rate": 0.0},
+        {"validation_clips": 0},
+    ],
 )
 def test_a_recipe_that_cannot_be_trained_is_refused(change: dict[str, Any]) -> None:
     with pytest.raises(ConfigError, match="must"):

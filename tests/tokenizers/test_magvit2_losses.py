@@ -8,7 +8,14 @@ from torch import Tensor
 
 from poet_tokenizers.errors import ConfigError, ShapeError
 from poet_tokenizers.magvit2.discriminator import VideoDiscriminator
-from poet_tokenizers.magvit2.losses import LeCam, detail_weights, hinge_loss, psnr, reconstruction_loss
+from poet_tokenizers.magvit2.losses import (
+    LeCam,
+    detail_weights,
+    edge_weights,
+    hinge_loss,
+    psnr,
+    reconstruction_loss,
+)
 
 B, N, H, W = 2, 3, 5, 7
 
@@ -38,16 +45,36 @@ def test_detail_weighs_more_by_its_strength_and_nothing_else_does() -> None:
     assert torch.equal(detail_weights(_scene(), strength=4.0, threshold=1.1), torch.ones(B, 1, N, H, W))
 
 
+def test_edges_bear_their_share_however_few_they_are() -> None:
+    video = torch.full((1, 3, 2, 9, 9), -0.5)
+    video[0, 2, 1, 4, 4] = 0.5  # one place, in one frame: its eight neighbours and itself are edge
+    before = detail_weights(video, strength=3.0)
+    weights = edge_weights(video, before, share=0.4)
+    edge = torch.zeros(2, 9, 9, dtype=torch.bool)
+    edge[1, 3:6, 3:6] = True
+    torch.testing.assert_close(weights[0, 0][~edge], 0.6 * before[0, 0][~edge])
+    gained = (weights - 0.6 * before)[0, 0][edge]
+    torch.testing.assert_close(gained, torch.full((9,), 0.4 * 2 * 81 / 9))
+    torch.testing.assert_close(weights.mean(), torch.tensor(1.0))
+
+
+def test_a_flat_clip_keeps_its_weights_and_no_share_changes_none() -> None:
+    flat = torch.full((B, 3, N, H, W), 0.25)
+    before = torch.rand(B, 1, N, H, W)
+    assert torch.equal(edge_weights(flat, before, share=0.7), before)
+    assert torch.equal(edge_weights(_scene(), before, share=0.0), before)
+
+
 def test_reconstruction_loss_is_the_weighted_mix_of_squared_and_absolute_error() -> None:
     target = torch.zeros(B, 3, N, H, W)
     output = target.clone()
     output[0] = 0.5
     weights = torch.ones(B, 1, N, H, W)
-    assert float(reconstruction_loss(output, target, weights, 0.0)) == pytest.approx(0.125)
-    assert float(reconstruction_loss(output, target, weights, 1.0)) == pytest.approx(0.25)
-    assert float(reconstruction_loss(output, target, weights, 0.2)) == pytest.approx(0.8 * 0.125 + 0.2 * 0.25)
+    assert reconstruction_loss(output, target, weights, 0.0).tolist() == pytest.approx([0.25, 0])
+    assert reconstruction_loss(output, target, weights, 1.0).tolist() == pytest.approx([0.5, 0])
+    assert reconstruction_loss(output, target, weights, 0.2).tolist() == pytest.approx([0.8 * 0.25 + 0.2 * 0.5, 0])
     weights[0] = 3
-    assert float(reconstruction_loss(output, target, weights, 0.0)) == pytest.approx(0.375)
+    assert reconstruction_loss(output, target, weights, 0.0).tolist() == pytest.approx([0.75, 0])
 
 
 def test_reconstruction_loss_does_not_broadcast() -> None:

@@ -11,7 +11,7 @@ from torch import Tensor
 
 from poet_tokenizers.errors import ShapeError
 
-__all__ = ["LeCam", "detail_weights", "hinge_loss", "psnr", "reconstruction_loss"]
+__all__ = ["LeCam", "detail_weights", "edge_weights", "hinge_loss", "psnr", "reconstruction_loss"]
 
 
 def detail_weights(video: Tensor, strength: float, threshold: float = 0.1) -> Tensor:
@@ -36,6 +36,30 @@ def detail_weights(video: Tensor, strength: float, threshold: float = 0.1) -> Te
     return weights / weights.mean(dim=(1, 2, 3, 4), keepdim=True)
 
 
+def edge_weights(video: Tensor, weights: Tensor, share: float, threshold: float = 0.1) -> Tensor:
+    """Give `share` of a clip's weight to its edges alone, so that the outline of a small thing counts as a large one's.
+
+    A place lies on an edge where colours within one pixel of it, in its frame, differ by more than `threshold`. A clip
+    without any keeps its weights.
+
+    Args:
+        video: (B, 3, N, H, W) in [-1, 1].
+        weights: (B, 1, N, H, W) of mean 1 a clip, from `detail_weights`.
+        share: in [0, 1]; 0 changes nothing.
+        threshold: in units of the pixel range [-1, 1].
+
+    Returns:
+        (B, 1, N, H, W) float32 of mean 1 a clip.
+    """
+    if share == 0:
+        return weights
+    frames = video.transpose(1, 2).flatten(0, 1)
+    low, high = (sign * F.max_pool2d(sign * frames, 3, stride=1, padding=1) for sign in (-1, 1))
+    edges = ((high - low).amax(dim=1) > threshold).float().unflatten(0, (video.shape[0], video.shape[2]))[:, None]
+    mean = edges.mean(dim=(1, 2, 3, 4), keepdim=True)
+    return torch.where(mean > 0, (1 - share) * weights + share * edges / mean.clamp_min(1e-9), weights)
+
+
 def reconstruction_loss(output: Tensor, target: Tensor, weights: Tensor, l1_share: float) -> Tensor:
     """Weighted mean of squared error and, for a share of it, absolute error.
 
@@ -46,7 +70,7 @@ def reconstruction_loss(output: Tensor, target: Tensor, weights: Tensor, l1_shar
         l1_share: 0 is squared error only, 1 is absolute error only.
 
     Returns:
-        A scalar.
+        (B,): one loss a clip.
 
     Raises:
         ShapeError: output and target differ in shape.
@@ -54,8 +78,10 @@ def reconstruction_loss(output: Tensor, target: Tensor, weights: Tensor, l1_shar
     if output.shape != target.shape:
         raise ShapeError(f"output and target must have one shape, got {tuple(output.shape)}, {tuple(target.shape)}.")
     difference = output.float() - target
-    loss = (weights * difference.square()).mean()
-    return loss if l1_share == 0 else (1 - l1_share) * loss + l1_share * (weights * difference.abs()).mean()
+    error = difference.square()
+    if l1_share > 0:
+        error = (1 - l1_share) * error + l1_share * difference.abs()
+    return (weights * error).flatten(1).mean(dim=1)
 
 
 def hinge_loss(real: Tensor, fake: Tensor) -> Tensor:
