@@ -25,6 +25,7 @@ from torch import Tensor, nn
 
 from poet.errors import ConfigError, ShapeError
 from poet.training.loop import ExponentialMovingAverage, cosine_schedule
+from poet.training.start import begin
 from poet_tokenizers import audio_losses
 from poet_tokenizers.audio import EncodecConfig, EncodecTokenizer
 
@@ -166,7 +167,7 @@ class AudioTokenizerTraining:
         self._drawn: dict[int, NDArray[np.float32]] = {}
         weights = {"time": recipe.time_weight, "mel": recipe.mel_weight}
         with self._draws(-1):
-            self.model = self._start().to(self.device).train()
+            self.model = begin(EncodecTokenizer, recipe.codec, recipe.start_from).to(self.device).train()
             self.discriminator: nn.Module | None = None
             if recipe.adversarial_weight > 0:
                 weights |= {"adversarial": recipe.adversarial_weight, "features": recipe.feature_weight}
@@ -179,17 +180,6 @@ class AudioTokenizerTraining:
             if self.discriminator is not None
             else None
         )
-
-    def _start(self) -> EncodecTokenizer:
-        if self.recipe.start_from is None:
-            return EncodecTokenizer(self.recipe.codec)
-        model = EncodecTokenizer.load(self.recipe.start_from)
-        if model.config != self.recipe.codec:
-            raise ConfigError(
-                f"start_from {self.recipe.start_from} has the shape {model.config}, the recipe asks for "
-                f"{self.recipe.codec}. Give both the same codec."
-            )
-        return model
 
     def train_step(self, step: int) -> dict[str, float]:
         """One optimiser step; returns the losses, the number of levels used and the codes moved."""

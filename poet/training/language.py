@@ -8,12 +8,11 @@ from __future__ import annotations
 
 import dataclasses
 from collections.abc import Callable, Mapping
-from concurrent.futures import Future, ThreadPoolExecutor
 from pathlib import Path
 from typing import Any, Literal
 
 import torch
-from safetensors.torch import load_file, save_file
+from safetensors.torch import save_file
 from torch import Tensor, nn
 
 from poet.bundle import Bundle, export_bundle
@@ -24,6 +23,8 @@ from poet.errors import CheckpointError, ConfigError
 from poet.model.attention import SceneLayout
 from poet.model.config import PoetConfig
 from poet.model.transformer import PoetTransformer
+from poet.model.weights import load_transformer
+from poet.training.ahead import DrawnAhead
 from poet.training.loop import ExponentialMovingAverage, cosine_schedule
 from poet.training.losses import backward_from_targets, modality_means, target_losses
 
@@ -140,13 +141,12 @@ class LanguageTraining:
         self.optimizers = _optimizers(self.model, recipe)
         if recipe.compile:
             self.model.compile(dynamic=True)
-        self.drawing = ThreadPoolExecutor(1)
-        self.drawn: dict[int, Future[Batch]] = {}
+        self.ahead = DrawnAhead(self.loader.batch)
 
     def train_step(self, step: int) -> dict[str, float]:
         """One optimiser step; returns losses by modality, ids and the gradient's norm."""
         recipe = self.recipe
-        batch = self._batch(step)
+        batch = self.ahead.take(step)
         multiplier = cosine_schedule(step, recipe.warmup_steps, recipe.num_steps, recipe.learning_rate_floor)
         for optimizer, highest in self.optimizers.values():
             for group in optimizer.param_groups:
@@ -251,7 +251,7 @@ class LanguageTraining:
             raise ConfigError(
                 f"start_from {path} has the sizes {start.model_config}, the recipe asks for {self.config}."
             )
-        self.model.load_state_dict({name: tensor.float() for name, tensor in load_file(start.weights).items()})
+        self.model.load_state_dict(load_transformer(path).state_dict())
 
     def _losses(self, model: nn.Module, batch: Batch, loss_mask: Tensor, measure: Callable[..., Tensor]) -> Tensor:
         """(P,) losses of a batch's targets by `target_losses` or `backward_from_targets`."""
@@ -263,15 +263,6 @@ class LanguageTraining:
         with torch.autocast(self.device.type, dtype=torch.bfloat16, enabled=self.recipe.precision == "bf16"):
             hidden = model(ids, layout)
             return measure(hidden, ids, loss_mask, model.logits)
-
-    def _batch(self, step: int) -> Batch:
-        """The step's batch; that of the next step is made meanwhile."""
-        for number in (step, step + 1):
-            if number not in self.drawn:
-                self.drawn[number] = self.drawing.submit(self.loader.batch, number)
-        batch = self.drawn.pop(step).result()
-        self.drawn = {number: future for number, future in self.drawn.items() if number > step}
-        return batch
 
 
 def _optimizers(model: PoetTransformer, recipe: LanguageRecipe) -> dict[str, tuple[torch.optim.Optimizer, float]]:

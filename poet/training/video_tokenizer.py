@@ -10,7 +10,6 @@ from __future__ import annotations
 
 import dataclasses
 from collections.abc import Mapping, Sequence
-from concurrent.futures import Future, ThreadPoolExecutor
 from pathlib import Path
 from typing import Any, Literal, Protocol
 
@@ -20,7 +19,9 @@ from numpy.typing import NDArray
 from torch import Tensor, nn
 
 from poet.errors import ConfigError
+from poet.training.ahead import DrawnAhead
 from poet.training.loop import ExponentialMovingAverage, cosine_schedule
+from poet.training.start import begin
 from poet_tokenizers.magvit2.config import MagViT2Config
 from poet_tokenizers.magvit2.discriminator import VideoDiscriminator
 from poet_tokenizers.magvit2.losses import (
@@ -38,7 +39,7 @@ __all__ = ["FrameSource", "VideoTokenizerRecipe", "VideoTokenizerTraining", "cod
 
 
 class FrameSource(Protocol):
-    """Frames by number."""
+    """Frames by number. `frames` is called from two threads."""
 
     def __len__(self) -> int: ...
 
@@ -155,7 +156,7 @@ class VideoTokenizerTraining:
     ) -> None:
         self.recipe, self.source, self.device = recipe, source, torch.device(device)
         torch.manual_seed(recipe.seed)
-        self.model = self._start().to(self.device).train()
+        self.model = begin(MagViT2, recipe.codec, recipe.start_from).to(self.device).train()
         self.average = ExponentialMovingAverage(self.model, recipe.ema_decay)
         self.optimizer = _adam(self.model, recipe)
         self.discriminator: VideoDiscriminator | None = None
@@ -170,8 +171,7 @@ class VideoTokenizerTraining:
             self.model.encoder.compile()
             self.model.decoder.compile()
         self.losses = torch.zeros(min(recipe.source_clips, len(source)) if recipe.hard_share > 0 else 0)
-        self.drawing = ThreadPoolExecutor(1)
-        self.drawn: dict[int, Future[list[NDArray[np.uint8]]]] = {}
+        self.ahead = DrawnAhead(lambda step: self._draw(self._in_turn(step)))
 
     def train_step(self, step: int) -> dict[str, float]:
         """One optimiser step; returns losses, the batch's PSNR, entropies in nats a bit and the gradient's norm."""
@@ -272,17 +272,6 @@ class VideoTokenizerTraining:
         assert isinstance(self.average.module, MagViT2)
         self.average.module.save(directory)
 
-    def _start(self) -> MagViT2:
-        if self.recipe.start_from is None:
-            return MagViT2(self.recipe.codec)
-        model = MagViT2.load(self.recipe.start_from)
-        if model.config != self.recipe.codec:
-            raise ConfigError(
-                f"start_from {self.recipe.start_from} has the shape {model.config}, the recipe asks for "
-                f"{self.recipe.codec}. Give both the same codec."
-            )
-        return model
-
     def _quantizer_loss(self, quantized: Quantized, step: int) -> Tensor:
         recipe = self.recipe
         left = max(0.0, 1 - step / recipe.entropy_boost_steps) if recipe.entropy_boost_steps else 0.0
@@ -307,16 +296,10 @@ class VideoTokenizerTraining:
         return {"discriminator_loss": float(hinge.detach())}
 
     def _batch(self, step: int) -> tuple[list[int], Tensor]:
-        """Numbers and frames of the step's clips; those of the next step that come in turn are drawn meanwhile."""
-        indices, hard = self._in_turn(step), self._hard(step)
-        if step not in self.drawn:
-            self.drawn[step] = self.drawing.submit(self._draw, indices)
-        drawn_hard = self.drawing.submit(self._draw, hard)
-        if step + 1 not in self.drawn:
-            self.drawn[step + 1] = self.drawing.submit(self._draw, self._in_turn(step + 1))
-        clips = self.drawn.pop(step).result() + drawn_hard.result()
-        self.drawn = {number: future for number, future in self.drawn.items() if number > step}
-        return indices + hard, to_video(np.stack(clips)).to(self.device)
+        """Numbers and frames of the step's clips."""
+        hard = self._hard(step)
+        clips = self._draw(hard) + self.ahead.take(step)
+        return hard + self._in_turn(step), to_video(np.stack(clips)).to(self.device)
 
     def _hard_count(self, step: int) -> int:
         return round(self.recipe.hard_share * self.recipe.batch_size) if step > 0 else 0

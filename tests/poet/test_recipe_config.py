@@ -10,8 +10,11 @@ from typing import Any, Literal
 import pytest
 
 from poet.errors import ConfigError
+from poet.training.audio_tokenizer import AudioTokenizerRecipe
 from poet.training.config import apply_overrides, build, read_recipe, to_plain, write_recipe
 from poet.training.language import LanguageRecipe
+from poet.training.recipes import LoopOptions, TokenizerBundleRecipe
+from poet.training.text_tokenizer import TextTokenizerRecipe
 from poet.training.video_tokenizer import VideoTokenizerRecipe
 
 
@@ -209,13 +212,19 @@ def test_a_written_recipe_builds_the_same_again(recipe: Any, tmp_path: Path) -> 
     assert build(type(recipe), read_recipe(tmp_path / "recipe.yaml")) == recipe
 
 
-def test_the_shipped_recipes_can_be_built() -> None:
-    folder = Path(__file__).parents[2] / "recipes"
-    built = 0
-    for file in sorted(folder.rglob("video_tokenizer*.yaml")):
-        values = read_recipe(file)
-        values.pop("train")
-        values.pop("loop", None)
-        build(VideoTokenizerRecipe, values)
-        built += 1
-    assert built
+RECIPES = Path(__file__).parents[2] / "recipes"
+SETTINGS = {
+    "video_tokenizer": VideoTokenizerRecipe,
+    "audio_tokenizer": AudioTokenizerRecipe,
+    "text_tokenizer": TextTokenizerRecipe,
+    "tokenizer_bundle": TokenizerBundleRecipe,
+    "language": LanguageRecipe,
+}
+
+
+@pytest.mark.parametrize("file", sorted(RECIPES.rglob("*.yaml")), ids=lambda file: str(file.relative_to(RECIPES)))
+def test_the_shipped_recipes_can_be_built(file: Path) -> None:
+    values = read_recipe(file)
+    settings = build(SETTINGS[values.pop("train")], {name: value for name, value in values.items() if name != "loop"})
+    build(LoopOptions, values.get("loop", {}), "loop")
+    assert settings is not None

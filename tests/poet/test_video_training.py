@@ -223,7 +223,7 @@ def test_clips_are_gone_through_in_turn_and_the_next_batch_is_drawn_ahead() -> N
     training = _training()
     for step in range(4):
         training.train_step(step)
-    training.drawing.shutdown()
+    training.ahead.close()
     source = training.source
     assert isinstance(source, Noise)
     assert source.asked == [0, 1, 2, 3, 4, 5, 6, 0, 1, 2]  # 7 of 11 clips, two a step, and one step ahead
@@ -238,7 +238,7 @@ def test_hard_clips_are_those_with_the_highest_losses_so_far() -> None:
     assert (training.losses > 0).tolist() == [True] * 4 + [False] * 3
     training.losses[2] = 1e6
     indices, video = training._batch(2)
-    assert indices == [4, 5, 2, 2]
+    assert indices == [2, 2, 4, 5]
     torch.testing.assert_close(video, to_video(np.stack([Noise().frames(index) for index in indices])))
 
 
