@@ -12,6 +12,7 @@ from __future__ import annotations
 
 import contextlib
 import dataclasses
+import hashlib
 import json
 import math
 import shutil
@@ -231,6 +232,33 @@ class Bundle:
         if found is None:
             raise CheckpointError(f"the bundle {self.path} holds no model, only tokenizers. Train one first.")
         return found
+
+    @cached_property
+    def weights_sha256(self) -> str:
+        """The sha256 of model.safetensors in hex: it tells two models of one vocabulary apart. Read once, when needed.
+
+        Of weights in several files it is that of all of them, one after the other in the order of their names.
+
+        Raises:
+            CheckpointError: this is a tokenizer bundle, or a file cannot be read.
+        """
+        files = [self.weights]
+        if self.weights.name != WEIGHTS_FILE:
+            parts = _read_object(self.weights).get("weight_map")
+            if not isinstance(parts, dict) or not parts:
+                raise CheckpointError(f"{self.weights} must hold a weight_map. Export the model again.")
+            files = [self.path / name for name in sorted({str(part) for part in parts.values()})]
+        digest = hashlib.sha256()
+        for file in files:
+            try:
+                with file.open("rb") as opened:
+                    while block := opened.read(1 << 20):
+                        digest.update(block)
+            except OSError as error:
+                raise CheckpointError(
+                    f"{file} cannot be read: {error.strerror}. Copy the bundle whole, or export it again."
+                ) from error
+        return digest.hexdigest()
 
     @cached_property
     def model_config(self) -> PoetConfig:

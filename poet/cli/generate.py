@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import time
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
@@ -59,7 +59,7 @@ def generate(
     settings = _Settings.of(prompt, task, image, video, audio, seed, temperature, top_k, top_p, engine)
     expected_ids = None
     if like is not None:
-        settings, expected_ids = _settings_like(like, settings, bundle.fingerprint)
+        settings, expected_ids = _settings_like(like, settings, bundle)
     defaults = bundle.generation_config
     chosen = settings.task or _guess_task(settings, defaults.task)
     row = get_task(chosen)
@@ -136,7 +136,7 @@ class _Settings:
         return {f"given_{name}": str(path.resolve()) for name, path in files.items() if path is not None}
 
 
-def _settings_like(path: Path, asked: _Settings, fingerprint: str) -> tuple[_Settings, str | None]:
+def _settings_like(path: Path, asked: _Settings, bundle: Bundle) -> tuple[_Settings, str | None]:
     """The settings that a clip's metadata holds; whatever the command line says goes before them.
 
     Also the hash that the ids must have again, or None where the command line changes something.
@@ -146,11 +146,7 @@ def _settings_like(path: Path, asked: _Settings, fingerprint: str) -> tuple[_Set
     facts = probe(path).metadata
     if "task" not in facts or "seed" not in facts:
         raise ConfigError(f"{path} does not say what made it: Poet wrote no metadata into it, or it was removed since.")
-    if facts.get("fingerprint") != fingerprint:
-        raise ConfigError(
-            f"{path} was made with the bundle {facts.get('bundle')} ({facts.get('fingerprint', '')[:12]}), "
-            f"this one has the fingerprint {fingerprint[:12]}. Name that bundle with --model."
-        )
+    _check_bundle(path, facts, bundle)
     try:
         made = _Settings(
             prompt=facts.get("prompt"),
@@ -175,6 +171,21 @@ def _settings_like(path: Path, asked: _Settings, fingerprint: str) -> tuple[_Set
         if file is not None and name not in said and not file.is_file():
             raise ConfigError(f"{path} was made from {file}, which is no longer there. Give it with --{name}.")
     return settings, facts.get("ids_sha256") if settings == made else None
+
+
+def _check_bundle(path: Path, facts: Mapping[str, str], bundle: Bundle) -> None:
+    """Refuse a bundle of another vocabulary or with other weights: neither can write the clip again."""
+    made_with = f"{path} was made with the bundle {facts.get('bundle', 'unknown')!r}"
+    if facts.get("fingerprint") != bundle.fingerprint:
+        raise ConfigError(
+            f"{made_with} of the fingerprint {facts.get('fingerprint', '')[:12]!r}, {bundle.path} has the fingerprint "
+            f"{bundle.fingerprint[:12]!r}. Name that bundle with --model."
+        )
+    if facts.get("weights_sha256", bundle.weights_sha256) != bundle.weights_sha256:
+        raise ConfigError(
+            f"{made_with} of the weights {facts['weights_sha256'][:12]!r}, {bundle.path} has the weights "
+            f"{bundle.weights_sha256[:12]!r} (sha256) on the same tokenizers. Name that bundle with --model."
+        )
 
 
 def _guess_task(settings: _Settings, default: str) -> str:

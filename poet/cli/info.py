@@ -45,6 +45,7 @@ def _of_bundle(path: Path) -> dict[str, Any]:
     }
     if bundle.config is not None:
         model = bundle.model_config
+        result["weights_sha256"] = bundle.weights_sha256
         result["model"] = (
             f"{model.num_parameters / 1e6:.1f} M parameters, {model.num_layers} layers of {model.hidden_size}, "
             f"scenes of up to {model.scene_length} ids"

@@ -92,6 +92,7 @@ class Pipeline:
 
     def __init__(self, bundle: Bundle, engine: Engine, *, device: str = "cpu") -> None:
         self.bundle, self.engine, self.device = bundle, engine, device
+        self.weights_sha256 = bundle.weights_sha256  # at once: a later training may replace the file
         self.geometry = bundle.geometry()
         self.text_tokenizer = bundle.text_tokenizer
         self.video_tokenizer = bundle.load_video_tokenizer(device)
@@ -304,6 +305,7 @@ class Pipeline:
             "machine_made": "yes",
             "bundle": self.bundle.path.name,
             "fingerprint": self.bundle.fingerprint,
+            "weights_sha256": self.weights_sha256,
             "engine": self.engine.name,
             "task": request.task,
             **prompt,

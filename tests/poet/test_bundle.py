@@ -1,4 +1,5 @@
 import dataclasses
+import hashlib
 import json
 import shutil
 from pathlib import Path
@@ -85,6 +86,29 @@ def test_a_tokenizer_bundle_opens_only_where_no_model_is_needed(tokenizers, tmp_
         _ = made.weights
     with pytest.raises(CheckpointError, match="holds no model, only tokenizers"):
         _ = made.model_config
+    with pytest.raises(CheckpointError, match="holds no model, only tokenizers"):
+        _ = made.weights_sha256
+
+
+def test_the_weights_checksum_is_the_files_and_read_once(copy):
+    bundle = Bundle.open(copy)
+    assert "weights_sha256" not in vars(bundle)
+    expected = hashlib.sha256((copy / "model.safetensors").read_bytes()).hexdigest()
+    assert bundle.weights_sha256 == expected
+    (copy / "model.safetensors").write_bytes(b"others")
+    assert bundle.weights_sha256 == expected
+    assert Bundle.open(copy).weights_sha256 == hashlib.sha256(b"others").hexdigest()
+
+
+def test_the_checksum_of_weights_in_several_files_covers_all_of_them(copy):
+    (copy / "model.safetensors").unlink()
+    weight_map = {"a": "model-2.safetensors", "b": "model-1.safetensors", "c": "model-2.safetensors"}
+    (copy / "model.safetensors.index.json").write_text(json.dumps({"weight_map": weight_map}))
+    (copy / "model-1.safetensors").write_bytes(b"one")
+    with pytest.raises(CheckpointError, match=r"model-2\.safetensors cannot be read"):
+        _ = Bundle.open(copy).weights_sha256
+    (copy / "model-2.safetensors").write_bytes(b"two")
+    assert Bundle.open(copy).weights_sha256 == hashlib.sha256(b"onetwo").hexdigest()
 
 
 def test_geometry_takes_what_is_given_and_defaults_for_the_rest(whole):

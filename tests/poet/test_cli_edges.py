@@ -2,6 +2,7 @@
 
 import io
 import json
+import shutil
 import sys
 import time
 from collections.abc import Callable
@@ -9,6 +10,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+from safetensors.torch import load_file, save_file
 
 from poet import __version__
 from poet.bundle import Bundle
@@ -82,12 +84,27 @@ def test_no_prompt_is_not_recorded_as_an_empty_one(
     assert json.loads(again)["same_ids"] is True
 
 
-def test_like_says_when_other_weights_write_other_ids(
-    generate: Callable[..., tuple[int, str, str]], tmp_path: Path
+def test_like_refuses_other_weights_on_the_same_tokenizers(
+    generate: Callable[..., tuple[int, str, str]], bundle: Path, tmp_path: Path
 ) -> None:
     generate("a red star", "-o", "one.mp4")
-    # The fingerprint names the vocabulary and its tokenizers; the weights may be others.
+    other = tmp_path / "other"
+    shutil.copytree(bundle, other)
+    weights = load_file(other / "model.safetensors")
+    weights["model.norm.weight"] *= 1.5
+    save_file(weights, other / "model.safetensors", metadata={"format": "pt"})
+    code, out, err = generate("--like", "one.mp4", "--model", other, "-o", "two.mp4")
+    assert (code, out) == (1, "")
+    for weights_sha256 in (Bundle.open(bundle).weights_sha256, Bundle.open(other).weights_sha256):
+        assert weights_sha256[:12] in err
+    assert "--model" in err
+    assert "starting" not in err
+
+
+def test_like_says_when_the_ids_are_others(generate: Callable[..., tuple[int, str, str]], tmp_path: Path) -> None:
+    generate("a red star", "-o", "one.mp4")
     facts = probe("one.mp4").metadata | {"ids_sha256": "0" * 64}
+    del facts["weights_sha256"]  # as in clips that were made before it was written
     film(tmp_path / "changed.mp4", metadata=facts)
     code, out, err = generate("--like", "changed.mp4", "-o", "two.mp4")
     assert code == 0
@@ -268,6 +285,12 @@ def test_a_task_that_the_judge_cannot_judge_is_refused(
 
 def test_the_version_is_printed(call: Callable[..., tuple[int, str, str]]) -> None:
     assert call("--version") == (0, f"{__version__}\n", "")
+
+
+def test_info_of_a_bundle_tells_its_weights(call: Callable[..., tuple[int, str, str]], bundle: Path) -> None:
+    code, out, _ = call("info", bundle, "--json")
+    assert code == 0
+    assert json.loads(out)["weights_sha256"] == Bundle.open(bundle).weights_sha256
 
 
 def test_metadata_cannot_steer_the_terminal(call: Callable[..., tuple[int, str, str]], tmp_path: Path) -> None:

@@ -1,6 +1,8 @@
 """The pipeline with an engine that needs no model: what is given, what is asked for, and how a clip is put together."""
 
+import hashlib
 from collections.abc import Callable, Sequence
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -174,6 +176,15 @@ def test_no_text_is_not_recorded_as_an_empty_one(bundle: Bundle) -> None:
     first, second = pipeline.generate([ClipRequest(task="unconditional"), ClipRequest(task="text_to_audio", text="")])
     assert "prompt" not in first.metadata
     assert second.metadata["prompt"] == ""
+
+
+def test_a_clip_names_the_weights_that_the_engine_was_started_with(tmp_path: Path) -> None:
+    bundle = tiny_bundle(tmp_path / "tiny")
+    expected = hashlib.sha256(bundle.weights.read_bytes()).hexdigest()
+    pipeline, _ = make(bundle)
+    bundle.weights.write_bytes(b"of a later training")
+    [made] = pipeline.generate([ClipRequest(task="unconditional")])
+    assert made.metadata["weights_sha256"] == expected
 
 
 def test_a_picture_of_another_size_is_refused(bundle: Bundle) -> None:
