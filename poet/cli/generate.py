@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 
 from poet.cli.output import note, progress, show_result
-from poet.errors import ConfigError
+from poet.errors import ConfigError, MediaError
 
 if TYPE_CHECKING:
     from poet.bundle import Bundle
@@ -21,6 +21,7 @@ if TYPE_CHECKING:
 __all__ = ["generate"]
 
 DEFAULT_ENGINE = "vllm"
+GIVEN = ("image", "video", "audio")
 SUFFIXES = {"image": ".png", "audio": ".wav"}
 
 
@@ -42,7 +43,10 @@ def generate(
     top_p: Annotated[float | None, typer.Option(help="Draw from the likeliest ids of this total probability.")] = None,
     engine: Annotated[str | None, typer.Option(help="vllm (the default), or torch (the reference).")] = None,
     num_samples: Annotated[int, typer.Option(min=1, help="Clips to write, with seeds counted up.")] = 1,
-    like: Annotated[Path | None, typer.Option(help="Make this clip again, from its metadata.")] = None,
+    like: Annotated[
+        Path | None,
+        typer.Option(help="Make this clip again, from its metadata; what it was made from must be there too."),
+    ] = None,
     metadata: Annotated[bool, typer.Option(help="Write into the file what made it.")] = True,
     json: Annotated[bool, typer.Option("--json", help="Print the result as one JSON object.")] = False,
 ) -> None:
@@ -67,6 +71,7 @@ def generate(
     _keep_what_is_read(targets, (settings.image, settings.video, settings.audio, like))
     given = _read_given(settings, bundle, row)
     _check_given(settings, given, row)
+    sources = settings.sources()
     first_seed = settings.seed if settings.seed is not None else _new_seed()
     requests = [
         ClipRequest(
@@ -95,7 +100,7 @@ def generate(
     written = time.monotonic()
     results: list[dict[str, Any]] = []
     for clip, target in zip(clips, targets, strict=True):
-        facts = clip.metadata | settings.sources()
+        facts = clip.metadata | sources
         if clip.clip is None:
             results.append({"text": clip.text, **facts})
             continue
@@ -106,7 +111,7 @@ def generate(
     if expected_ids is not None:
         result["same_ids"] = clips[0].metadata["ids_sha256"] == expected_ids
         if not result["same_ids"]:
-            note(f"the ids are not those of {like}: the weights, a given file or the machine are not the same")
+            note(f"the ids are not those of {like}: the weights, the machine or its packages are not the same")
     show_result({**result, "timing": timing}, json)
 
 
@@ -131,14 +136,18 @@ class _Settings:
         return settings
 
     def sources(self) -> dict[str, str]:
-        """The files that were given, as they are found again."""
-        files = {"image": self.image, "video": self.video, "audio": self.audio}
-        return {f"given_{name}": str(path.resolve()) for name, path in files.items() if path is not None}
+        """The files that were given, as they are known again anywhere: by name and content, not by path."""
+        from poet.media import hash_file
+
+        files = {kind: getattr(self, kind) for kind in GIVEN if getattr(self, kind) is not None}
+        names = {f"given_{kind}": path.name for kind, path in files.items()}
+        return names | {f"given_{kind}_sha256": hash_file(path) for kind, path in files.items()}
 
 
 def _settings_like(path: Path, asked: _Settings, bundle: Bundle) -> tuple[_Settings, str | None]:
     """The settings that a clip's metadata holds; whatever the command line says goes before them.
 
+    Files that the clip was made from must be those files. An image may take the place of a video and the other way.
     Also the hash that the ids must have again, or None where the command line changes something.
     """
     from poet.media import probe
@@ -147,30 +156,61 @@ def _settings_like(path: Path, asked: _Settings, bundle: Bundle) -> tuple[_Setti
     if "task" not in facts or "seed" not in facts:
         raise ConfigError(f"{path} does not say what made it: Poet wrote no metadata into it, or it was removed since.")
     _check_bundle(path, facts, bundle)
+    said = {name: value for name, value in vars(asked).items() if value is not None}
+    # Either one takes the place of what the clip went on from.
+    replaced = {"image", "video"} - said.keys() if "image" in said or "video" in said else set()
     try:
         made = _Settings(
             prompt=facts.get("prompt"),
             task=facts["task"],
-            image=Path(facts["given_image"]) if "given_image" in facts else None,
-            video=Path(facts["given_video"]) if "given_video" in facts else None,
-            audio=Path(facts["given_audio"]) if "given_audio" in facts else None,
+            image=None,
+            video=None,
+            audio=None,
             seed=int(facts["seed"]),
             temperature=float(facts["temperature"]),
             top_k=int(facts["top_k"]),
             top_p=float(facts["top_p"]),
             engine=facts["engine"],
         )
+        given = {
+            kind: (facts[f"given_{kind}"], facts[f"given_{kind}_sha256"])
+            for kind in GIVEN
+            if f"given_{kind}" in facts and kind not in replaced
+        }
     except (KeyError, ValueError) as error:
-        raise ConfigError(f"{path} does not say all that made it ({error}): its metadata was changed since.") from error
-    said = {name: value for name, value in dataclasses.asdict(asked).items() if value is not None}
-    # Either one takes the place of what the clip went on from.
-    replaced = {"image": None, "video": None} if "image" in said or "video" in said else {}
-    settings = dataclasses.replace(made, **(replaced | said))
-    for name in ("image", "video", "audio"):
-        file = getattr(settings, name)
-        if file is not None and name not in said and not file.is_file():
-            raise ConfigError(f"{path} was made from {file}, which is no longer there. Give it with --{name}.")
+        raise ConfigError(
+            f"{path} does not say all that made it ({error}): its metadata was changed since, or is of an older Poet."
+        ) from error
+    found = {kind: _find_given(path, kind, *known, said.get(kind)) for kind, known in given.items()}
+    made = dataclasses.replace(made, **found)
+    settings = dataclasses.replace(made, **said)
     return settings, facts.get("ids_sha256") if settings == made else None
+
+
+def _find_given(clip: Path, kind: str, name: str, expected: str, named: Path | None) -> Path:
+    """The file that a clip was made from: the one that is named now, or one of its old name beside the clip or here."""
+    from poet.media import hash_file
+
+    if named is not None:
+        if (sha256 := hash_file(named)) != expected:
+            raise ConfigError(
+                f"--{kind} must be the file that {clip} was made from, {name!r} with the sha256 {expected[:12]!r}; "
+                f"{named} has {sha256[:12]!r}. Name that file, or leave --like out."
+            )
+        return named
+    others = []
+    # A name that leads elsewhere was not written by Poet.
+    for place in dict.fromkeys((clip.parent / name, Path(name))) if Path(name).name == name else ():
+        try:
+            if hash_file(place) == expected:
+                return place
+        except MediaError:
+            continue
+        others.append(f"{place} has another content")
+    raise ConfigError(
+        f"{clip} was made from the {kind} {name!r} with the sha256 {expected[:12]!r}, which is neither beside it nor "
+        f"in the working directory{''.join(f'; {other}' for other in others)}. Give it with --{kind}."
+    )
 
 
 def _check_bundle(path: Path, facts: Mapping[str, str], bundle: Bundle) -> None:

@@ -16,6 +16,7 @@ from poet.media.opening import (
     MAX_FRAME_PIXELS,
     MAX_IMAGE_BYTES,
     MAX_STREAMS,
+    hash_file,
     probe,
 )
 from poet.media.picture import Fit
@@ -36,6 +37,7 @@ __all__ = [
     "MediaInfo",
     "check_target",
     "exact_fps",
+    "hash_file",
     "probe",
     "read_audio",
     "read_clip",

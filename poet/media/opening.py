@@ -1,5 +1,6 @@
 """Opening a file safely: the limits, what may be opened at all, and one place that turns ffmpeg's errors into ours."""
 
+import hashlib
 import json
 import stat
 from collections.abc import Iterator
@@ -209,6 +210,20 @@ def _has_decoder(stream: VideoStream | AudioStream) -> bool:
 def _reason(error: Exception) -> str:
     text = getattr(error, "strerror", None) or str(error)
     return str(text).split(": '")[0]
+
+
+def hash_file(path: str | Path) -> str:
+    """The sha256 of a local file's content in hex, by which a file is known again under any name.
+
+    Raises:
+        MediaError: the file cannot be opened or read, or breaks a limit of this module.
+    """
+    file, _ = _open_file(path)
+    with file:
+        try:
+            return hashlib.file_digest(file, "sha256").hexdigest()
+        except OSError as error:
+            raise MediaError(f"{path}: cannot be read ({error}). Copy or download it again.") from error
 
 
 def pack_metadata(metadata: dict[str, str]) -> str:

@@ -1,5 +1,6 @@
 """The command line at its edges: files given twice or gone, metadata that cannot be trusted, devices, resumed runs."""
 
+import hashlib
 import io
 import json
 import shutil
@@ -112,6 +113,58 @@ def test_like_says_when_the_ids_are_others(generate: Callable[..., tuple[int, st
     assert "not those of changed.mp4" in err
 
 
+def test_given_files_are_recorded_by_name_and_content_without_their_folder(
+    generate: Callable[..., tuple[int, str, str]], tmp_path: Path
+) -> None:
+    (tmp_path / "private").mkdir()
+    clip = film(tmp_path / "private" / "given.mp4", sound=False)
+    sound = film(tmp_path / "private" / "given.wav", frames=0)
+    code, out, err = generate("--video", clip, "--audio", sound, "-o", "one.mp4")
+    assert code == 0, err
+    facts = probe("one.mp4").metadata
+    for kind, file in (("video", clip), ("audio", sound)):
+        assert facts[f"given_{kind}"] == json.loads(out)[f"given_{kind}"] == file.name
+        assert facts[f"given_{kind}_sha256"] == hashlib.sha256(file.read_bytes()).hexdigest()
+    assert "private" not in json.dumps(facts)
+
+
+def test_like_finds_a_given_file_beside_the_clip_or_in_the_working_directory(
+    generate: Callable[..., tuple[int, str, str]], tmp_path: Path
+) -> None:
+    (tmp_path / "folder").mkdir()
+    given = film(tmp_path / "folder" / "given.mp4")
+    generate("--video", given, "-o", "folder/one.mp4")
+    code, out, err = generate("--like", "folder/one.mp4", "-o", "two.mp4")
+    assert code == 0, err
+    assert json.loads(out)["same_ids"] is True
+    given.rename("given.mp4")
+    film(given, seed=1)  # another file of that name, beside the clip
+    code, out, err = generate("--like", "folder/one.mp4", "-o", "two.mp4")
+    assert code == 0, err
+    assert json.loads(out)["same_ids"] is True
+
+
+def test_like_takes_a_given_file_under_any_name_but_no_other_content(
+    generate: Callable[..., tuple[int, str, str]], tmp_path: Path
+) -> None:
+    given = film(tmp_path / "given.mp4")
+    generate("--video", given, "-o", "one.mp4")
+    renamed = given.rename("renamed.mp4")
+    code, out, err = generate("--like", "one.mp4", "--video", renamed, "-o", "two.mp4")
+    assert code == 0, err
+    assert json.loads(out)["same_ids"] is True
+    assert json.loads(out)["given_video"] == "renamed.mp4"
+    other = film(tmp_path / "other.mp4", seed=1)
+    code, out, err = generate("--like", "one.mp4", "--video", other, "-o", "three.mp4")
+    assert (code, out) == (1, "")
+    for file in (renamed, other):
+        assert hashlib.sha256(file.read_bytes()).hexdigest()[:12] in err
+    assert "starting" not in err
+    code, _, err = generate("--like", "one.mp4", "--video", "missing.mp4", "-o", "three.mp4")
+    assert code == 1
+    assert "missing.mp4: does not exist" in err
+
+
 def test_like_with_a_given_file_that_is_gone_names_it_and_its_option(
     generate: Callable[..., tuple[int, str, str]], tmp_path: Path
 ) -> None:
@@ -120,11 +173,28 @@ def test_like_with_a_given_file_that_is_gone_names_it_and_its_option(
     given.unlink()
     code, _, err = generate("--like", "one.mp4", "-o", "two.mp4")
     assert code == 1
-    assert "given.mp4" in err
-    assert "--video" in err
-    code, out, err = generate("--like", "one.mp4", "-o", "two.mp4", "--video", film(tmp_path / "other.mp4", seed=1))
-    assert code == 0, err
-    assert json.loads(out)["given_video"].endswith("other.mp4")
+    assert "'given.mp4'" in err
+    assert "Give it with --video" in err
+    assert "another content" not in err
+    film(given, seed=1)
+    code, _, err = generate("--like", "one.mp4", "-o", "two.mp4")
+    assert code == 1
+    assert "given.mp4 has another content" in err
+    assert "Give it with --video" in err
+
+
+@pytest.mark.parametrize("name", ["../given.mp4", "..", "", "x" * 300, "\0", "http://given.mp4"])
+def test_like_follows_no_name_that_leads_elsewhere(
+    generate: Callable[..., tuple[int, str, str]], tmp_path: Path, monkeypatch: pytest.MonkeyPatch, name: str
+) -> None:
+    generate("--video", film(tmp_path / "given.mp4"), "-o", "one.mp4")
+    (tmp_path / "folder").mkdir()
+    film(tmp_path / "folder" / "evil.mp4", metadata=probe("one.mp4").metadata | {"given_video": name})
+    monkeypatch.chdir("folder")
+    code, _, err = generate("--like", "evil.mp4", "-o", "two.mp4")
+    assert code == 1
+    assert "Give it with --video" in err
+    assert generate("--like", "evil.mp4", "--video", tmp_path / "given.mp4", "-o", "two.mp4")[0] == 0
 
 
 def test_an_image_takes_the_place_of_the_video_that_a_clip_was_made_from(
@@ -137,7 +207,9 @@ def test_an_image_takes_the_place_of_the_video_that_a_clip_was_made_from(
     assert "given_video" not in json.loads(out)
 
 
-@pytest.mark.parametrize("change", [{"seed": "soon"}, {"top_p": "x"}, {"temperature": None}, {"engine": None}])
+@pytest.mark.parametrize(
+    "change", [{"seed": "soon"}, {"top_p": "x"}, {"temperature": None}, {"engine": None}, {"given_video": "a.mp4"}]
+)
 def test_like_refuses_metadata_that_was_changed(
     generate: Callable[..., tuple[int, str, str]], bundle: Path, tmp_path: Path, change: dict[str, str | None]
 ) -> None:

@@ -16,7 +16,7 @@ import numpy as np
 import pytest
 
 from poet.errors import ConfigError, MediaError
-from poet.media import Clip, opening, probe, read_audio, read_clip, read_image, write_clip, writing
+from poet.media import Clip, hash_file, opening, probe, read_audio, read_clip, read_image, write_clip, writing
 
 DATA = Path(__file__).parent.parent / "data"
 FOOTAGE = DATA / "big_buck_bunny_4s.mp4"
@@ -142,6 +142,8 @@ def test_pipes_are_refused_at_once_instead_of_waiting(tmp_path: Path) -> None:
     os.mkfifo(tmp_path / "pipe.mp4")
     with pytest.raises(MediaError, match="pipe"):
         read_clip(tmp_path / "pipe.mp4")
+    with pytest.raises(MediaError, match="pipe"):
+        hash_file(tmp_path / "pipe.mp4")
 
 
 def test_permission_denied_is_said(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
