@@ -24,7 +24,7 @@ from torch import Tensor
 from poet.data.clips import CaptionedClip, ClipSource
 from poet.data.readahead import Unreadable, read_ahead
 from poet.data.shards import EncodedClip, ShardWriter
-from poet.errors import ConfigError, ShapeError
+from poet.errors import ConfigError, MediaError, ShapeError
 from poet.media import Clip
 from poet.model.device import parse_device
 from poet.tasks import ClipGeometry
@@ -102,6 +102,7 @@ def encode_source(
             takes as long as reading it.
 
     Raises:
+        MediaError: not one clip of the source can be read; nothing is left behind then.
         CheckpointError: the directory belongs to another vocabulary or source, or cannot be written (a full disk).
         ConfigError: a number or device that cannot be used, other settings than those the directory was begun with,
             or clips at another sample rate than the tokenizer's.
@@ -142,6 +143,12 @@ def encode_source(
             if progress is not None:
                 progress(stop, total)
         manifest = writer.manifest
+        if not manifest.count:
+            writer.discard()
+            raise MediaError(
+                f"at least one of the {total} clips of {source.name} must be readable, none is; {output_dir} was not "
+                f"written. {_reasons(manifest.skipped)}"
+            )
     return EncodeReport(
         num_clips=manifest.count,
         num_resumed=num_resumed,
@@ -149,6 +156,12 @@ def encode_source(
         skipped=manifest.skipped,
         seconds=time.monotonic() - started,
     )
+
+
+def _reasons(skipped: Sequence[tuple[str, str]]) -> str:
+    """Why the first three clips could not be read."""
+    more = [f"and {len(skipped) - 3} more"] if len(skipped) > 3 else []
+    return "; ".join([*(f"{key}: {reason}" for key, reason in skipped[:3]), *more])
 
 
 class _Encoder:

@@ -11,6 +11,7 @@ Legend: T, H, W latent frames, height and width of video codes; K codebooks of a
 from __future__ import annotations
 
 import bisect
+import contextlib
 import dataclasses
 import fcntl
 import itertools
@@ -117,6 +118,8 @@ class ShardWriter:
         wanted = Manifest(
             fingerprint=fingerprint, source=source, source_length=source_length, settings=dict(settings or {})
         )
+        # From the innermost out, for `discard`.
+        self._made = [path for path in (self.directory, *self.directory.parents) if not path.exists()]
         try:
             self.directory.mkdir(parents=True, exist_ok=True)
             self._lock = self._take_lock()
@@ -217,6 +220,15 @@ class ShardWriter:
                 f"{self.directory / name} could not be written: {error.strerror or error}. Make room and start again: "
                 "the finished shards are kept."
             ) from error
+
+    def discard(self) -> None:
+        """Take away all that was written, by this writer or an earlier one, and the directories that this one made."""
+        # The manifest goes last, so that a directory left half discarded is still known as ours.
+        for name in (*(shard.file for shard in self.manifest.shards), MANIFEST_NAME, _LOCK_NAME):
+            (self.directory / name).unlink(missing_ok=True)
+        with contextlib.suppress(OSError):  # somebody else put something there
+            for path in self._made:
+                path.rmdir()
 
     def close(self) -> None:
         """Release the directory."""

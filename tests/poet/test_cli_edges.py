@@ -295,6 +295,23 @@ def test_a_reconstruction_says_what_made_it_unless_asked_not_to(
     assert facts.get("generator") == (f"Poet {__version__}" if metadata else None)
 
 
+def test_a_folder_without_one_readable_clip_makes_no_shards(
+    call: Callable[..., tuple[int, str, str]], bundle: Path, tmp_path: Path
+) -> None:
+    (tmp_path / "clips").mkdir()
+    for name in ("one.mp4", "two.wav"):
+        (tmp_path / "clips" / name).write_bytes(b"not media")
+    code, out, err = call("encode", "clips", "--model", bundle, "-o", "shards")
+    assert (code, out) == (1, "")
+    assert "one.mp4" in err
+    assert "two.wav" in err
+    assert not (tmp_path / "shards").exists()
+    film(tmp_path / "clips" / "three.mp4")
+    code, out, _ = call("encode", "clips", "--model", bundle, "-o", "shards", "--json")
+    assert code == 0
+    assert (json.loads(out)["clips"], json.loads(out)["skipped"]) == (1, 2)
+
+
 # ------------------------------------------------------------------------------------------------ devices and recipes
 
 

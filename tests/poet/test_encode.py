@@ -167,10 +167,38 @@ def test_clips_that_cannot_be_read_are_listed_and_the_others_kept(tmp_path: Path
     ]
 
 
-def test_a_source_of_broken_clips_alone_comes_to_an_end(tmp_path: Path) -> None:
-    report = encode(tmp_path, FakeSource(3, broken=(0, 1, 2)))
-    assert (report.num_clips, len(report.skipped)) == (0, 3)
-    assert len(open_shards(tmp_path, "f00d")) == 0
+def test_a_source_of_broken_clips_alone_fails_and_leaves_nothing_behind(tmp_path: Path) -> None:
+    with pytest.raises(MediaError, match=r"of the 5 clips .*clip 0 is broken.*clip 2 .*and 2 more") as caught:
+        encode(tmp_path / "new" / "shards", FakeSource(5, broken=(0, 1, 2, 3, 4)), shard_size=2)
+    assert "clip 3" not in str(caught.value)
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_a_directory_that_was_there_stays_with_what_is_not_of_the_shards(tmp_path: Path) -> None:
+    (tmp_path / "notes.txt").write_text("mine")
+    with pytest.raises(MediaError, match="none is"):
+        encode(tmp_path, FakeSource(3, broken=(0, 1, 2)))
+    assert contents(tmp_path) == {"notes.txt": b"mine"}
+
+
+def test_an_interrupted_run_of_broken_clips_alone_fails_when_it_goes_on(tmp_path: Path) -> None:
+    source = FakeSource(10, broken=tuple(range(10)))
+
+    def stop(done: int, of: int) -> None:
+        if done > 7:
+            raise KeyboardInterrupt
+
+    with pytest.raises(KeyboardInterrupt):
+        encode(tmp_path, source, progress=stop)
+    assert (tmp_path / "shard-000000.parquet").exists()
+    with pytest.raises(MediaError, match="one of the 10 clips"):
+        encode(tmp_path, source)
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_one_readable_clip_late_in_a_source_is_enough(tmp_path: Path) -> None:
+    report = encode(tmp_path, FakeSource(10, broken=tuple(range(9))), shard_size=2)
+    assert (report.num_clips, len(report.skipped)) == (1, 9)
 
 
 def test_a_picture_is_cut_to_whole_latent_frames_and_its_sound_with_it(tmp_path: Path) -> None:
@@ -192,11 +220,12 @@ def test_sound_much_shorter_than_its_picture_is_not_filled_up(tmp_path: Path, sa
         def __getitem__(self, index: int) -> SourceClip:
             return SourceClip("k", Clip(np.zeros((N, H, W, 3), np.uint8), FPS, np.zeros(samples, np.float32), RATE))
 
-    report = encode(tmp_path, Uneven(1))
     if is_kept:
+        encode(tmp_path, Uneven(1))
         assert open_shards(tmp_path, "f00d")[0].audio_codes.shape == (K, S // HOP)  # type: ignore[union-attr]
     else:
-        assert "as long as the picture" in report.skipped[0][1]
+        with pytest.raises(MediaError, match="as long as the picture"):
+            encode(tmp_path, Uneven(1))
 
 
 def test_another_sample_rate_is_an_error_of_the_settings(tmp_path: Path) -> None:
