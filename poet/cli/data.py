@@ -91,6 +91,7 @@ def reconstruct(
     bundle = Bundle.open(default_bundle() if model is None else model, require_model=False)
     rate = bundle.vocabulary.sample_rate
     clip = read_clip(source, fps=fps, height=height, width=width, sample_rate=rate, max_duration=max_duration)
+    check_target(output, has_video=clip.frames is not None, has_audio=clip.samples is not None)
     video = bundle.load_video_tokenizer(device) if clip.frames is not None else None
     audio = bundle.load_audio_tokenizer(device) if clip.samples is not None else None
     with progress("reconstructing frames") as advance:

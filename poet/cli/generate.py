@@ -53,9 +53,6 @@ def generate(
     """Write a clip from a text, an image, a clip, a sound, or nothing."""
     started = time.monotonic()
     from poet.bundle import Bundle, default_bundle
-    from poet.generation.engine import load_engine
-    from poet.generation.pipeline import ClipRequest, Pipeline
-    from poet.generation.sampling import SamplingConfig
     from poet.media import write_clip
     from poet.tasks import get_task
 
@@ -72,6 +69,10 @@ def generate(
     given = _read_given(settings, bundle, row)
     _check_given(settings, given, row)
     sources = settings.sources()
+    from poet.generation.engine import load_engine  # torch, which takes seconds: only once all that was asked is sound
+    from poet.generation.pipeline import ClipRequest, Pipeline
+    from poet.generation.sampling import SamplingConfig
+
     first_seed = settings.seed if settings.seed is not None else _new_seed()
     requests = [
         ClipRequest(
@@ -239,17 +240,22 @@ def _guess_task(settings: _Settings, default: str) -> str:
 
 
 def _targets(output: Path | None, num_samples: int, task: Task) -> list[Path]:
-    """One file a sample: clip.mp4, or clip-1.mp4, clip-2.mp4 ...; what cannot be written is refused at once."""
+    """One file a sample: clip.mp4, or clip-1.mp4, clip-2.mp4 ...; what cannot be written is refused at once.
+
+    A file must hold something of what the task writes; what is given does not count.
+    """
     from poet.media import check_target
 
-    path = Path(f"clip{SUFFIXES.get(task.outputs, '.mp4')}") if output is None else output
-    if not task.writes_text:
-        check_target(path)
-    elif output is not None:
+    if task.writes_text and output is not None:
         raise ConfigError(f"task {task.name} writes a text, which is printed: leave -o {output} out.")
-    if num_samples == 1:
-        return [path]
-    return [path.with_name(f"{path.stem}-{number}{path.suffix}") for number in range(1, num_samples + 1)]
+    path = Path(f"clip{SUFFIXES.get(task.outputs, '.mp4')}") if output is None else output
+    targets = [path]
+    if num_samples > 1:
+        targets = [path.with_name(f"{path.stem}-{number}{path.suffix}") for number in range(1, num_samples + 1)]
+    if not task.writes_text:
+        for target in targets:
+            check_target(target, has_video=task.writes_video, has_audio=task.writes_audio)
+    return targets
 
 
 def _keep_what_is_read(targets: Sequence[Path], sources: Sequence[Path | None]) -> None:

@@ -73,16 +73,27 @@ _FILMS = {
 }
 
 
-def check_target(path: str | Path) -> None:
+def check_target(path: str | Path, *, has_video: bool = True, has_audio: bool = True) -> None:
     """Raise unless `write_clip` could write there; for work that takes long before there is a clip.
 
+    Args:
+        path: where the clip shall go.
+        has_video: whether the clip will hold pictures.
+        has_audio: whether it will hold sound.
+
     Raises:
-        MediaError: unknown suffix, no such directory, or a directory in its place.
+        MediaError: unknown suffix, a format that holds nothing of such a clip, no such directory, or a directory in
+            its place.
     """
     target = Path(path)
     if target.suffix.lower() not in _WRITERS:
         known = ", ".join(WRITABLE_SUFFIXES)
         raise MediaError(f"{path}: the suffix must be one of {known}, got {target.suffix!r}. Change the file's name.")
+    name = target.suffix[1:].upper()
+    if target.suffix.lower() in _PICTURES_ALONE and not has_video:
+        raise MediaError(f"{path}: a {name} file holds pictures, and none are to be written. Write .wav or .mp4.")
+    if target.suffix.lower() in _SOUND_ALONE and not has_audio:
+        raise MediaError(f"{path}: a {name} file holds sound, and none is to be written. Write .mp4, .gif or .png.")
     if not target.parent.is_dir():
         raise MediaError(f"{path}: the directory {target.parent} does not exist. Make it first.")
     if target.is_dir():
@@ -110,7 +121,7 @@ def write_clip(clip: Clip, path: str | Path, metadata: dict[str, str] | None = N
         ConfigError: metadata is not a dict of strings.
     """
     target = Path(path)
-    check_target(target)
+    check_target(target, has_video=clip.frames is not None, has_audio=clip.samples is not None)
     suffix = target.suffix.lower()
     if metadata is not None and not all(isinstance(x, str) for pair in metadata.items() for x in pair):
         raise ConfigError(f"metadata must map strings to strings, got {metadata!r}. Convert the values with str().")
@@ -233,7 +244,8 @@ def _encoded_audio(clip: Clip, stream: AudioStream, film: _Film, fps: Fraction) 
 
 
 def _write_gif(clip: Clip, part: Path, comment: str | None) -> None:
-    frames = _pictures(clip, part)
+    assert clip.frames is not None
+    frames = clip.frames
     fps = exact_fps(clip.fps)
     if fps > _MAX_GIF_FPS:
         raise MediaError(f"a GIF shows at most {_MAX_GIF_FPS} frames/s, got {float(fps):g}. Write .mp4 instead.")
@@ -301,7 +313,8 @@ def _numbered(frames: NDArray[np.uint8], fps: Fraction) -> Iterator[VideoFrame]:
 
 
 def _write_png(clip: Clip, part: Path, comment: str | None) -> None:
-    frames = _pictures(clip, part)
+    assert clip.frames is not None
+    frames = clip.frames
     count, height, width, _ = frames.shape
     columns = math.ceil(math.sqrt(count))
     rows = math.ceil(count / columns)
@@ -322,8 +335,7 @@ def _write_png(clip: Clip, part: Path, comment: str | None) -> None:
 
 
 def _write_wav(clip: Clip, part: Path, comment: str | None) -> None:
-    if clip.samples is None:
-        raise MediaError("a WAV file holds sound, and this clip has none. Write .mp4, .gif or .png instead.")
+    assert clip.samples is not None
     with av.open(part, "w", format="wav") as container:
         if comment is not None:
             container.metadata["comment"] = comment
@@ -336,14 +348,6 @@ def _write_wav(clip: Clip, part: Path, comment: str | None) -> None:
         container.mux(stream.encode(None))
 
 
-def _pictures(clip: Clip, part: Path) -> NDArray[np.uint8]:
-    if clip.frames is None:
-        raise MediaError(
-            f"a {part.suffix[1:].upper()} file holds pictures, and this clip has none. Write .wav instead."
-        )
-    return clip.frames
-
-
 _WRITERS: dict[str, Callable[[Clip, Path, str | None], None]] = {
     ".mp4": _write_film,
     ".webm": _write_film,
@@ -351,6 +355,8 @@ _WRITERS: dict[str, Callable[[Clip, Path, str | None], None]] = {
     ".png": _write_png,
     ".wav": _write_wav,
 }
+
+_PICTURES_ALONE, _SOUND_ALONE = (".gif", ".png"), (".wav",)
 
 WRITABLE_SUFFIXES = tuple(_WRITERS)
 """What `write_clip` can write, with the dot."""

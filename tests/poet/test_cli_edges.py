@@ -4,6 +4,7 @@ import hashlib
 import io
 import json
 import shutil
+import subprocess
 import sys
 import time
 from collections.abc import Callable
@@ -256,6 +257,44 @@ def test_what_a_task_does_not_take_is_refused_before_an_engine_is_started(
     assert out == ""
     assert said in err
     assert "starting" not in err
+
+
+@pytest.mark.parametrize(
+    ("task", "suffix", "said"),
+    [
+        ("text_to_video", ".wav", "holds sound, and none is to be written"),
+        ("text_to_image", ".WAV", "holds sound, and none is to be written"),
+        ("audio_to_video", ".wav", "holds sound, and none is to be written"),
+        ("text_to_audio", ".png", "holds pictures, and none are to be written"),
+        ("video_to_audio", ".gif", "holds pictures, and none are to be written"),
+    ],
+)
+@pytest.mark.parametrize("count", [1, 2])
+def test_a_file_that_cannot_hold_what_a_task_writes_is_refused_before_anything_is_read(
+    generate: Callable[..., tuple[int, str, str]], tmp_path: Path, task: str, suffix: str, said: str, count: int
+) -> None:
+    code, out, err = generate(
+        "x", "--task", task, "--video", "missing.mp4", "-o", f"out{suffix}", "--num-samples", count
+    )
+    assert (code, out) == (1, "")
+    assert said in err
+    assert "missing.mp4" not in err
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_a_refusal_does_not_wait_for_torch(bundle: Path, tmp_path: Path) -> None:
+    arguments = ["generate", "x", "--model", str(bundle), "--task", "text_to_video", "-o", "x.wav"]
+    code = f"import sys; from poet.cli.main import main; print(main({arguments}), 'torch' in sys.modules)"
+    done = subprocess.run([sys.executable, "-c", code], cwd=tmp_path, capture_output=True, text=True, check=True)
+    assert done.stdout == "1 False\n", done.stderr
+
+
+def test_a_sound_is_not_reconstructed_into_a_picture(
+    call: Callable[..., tuple[int, str, str]], bundle: Path, tmp_path: Path
+) -> None:
+    code, out, err = call("reconstruct", film(tmp_path / "a.wav", frames=0), "--model", bundle, "-o", "b.png")
+    assert (code, out) == (1, "")
+    assert "none are to be written" in err
 
 
 def test_a_video_and_a_sound_are_continued_together(

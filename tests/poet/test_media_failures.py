@@ -308,6 +308,26 @@ def test_formats_that_cannot_hold_the_clip_are_refused(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("suffix", writing.WRITABLE_SUFFIXES)
+@pytest.mark.parametrize(("has_video", "has_audio"), [(True, True), (True, False), (False, True)])
+def test_a_target_that_passes_its_check_takes_the_clip_and_no_other_does(
+    tmp_path: Path, suffix: str, has_video: bool, has_audio: bool
+) -> None:
+    both = small_clip()
+    clip = Clip(both.frames if has_video else None, 8.0, both.samples if has_audio else None, 16000)
+    target = tmp_path / f"a{suffix.upper()}"
+    if (suffix in (".gif", ".png") and not has_video) or (suffix == ".wav" and not has_audio):
+        with pytest.raises(MediaError, match="to be written"):
+            writing.check_target(target, has_video=has_video, has_audio=has_audio)
+        with pytest.raises(MediaError, match="to be written"):
+            write_clip(clip, target)
+        assert not target.exists()
+    else:
+        writing.check_target(target, has_video=has_video, has_audio=has_audio)
+        write_clip(clip, target)
+        assert target.stat().st_size > 0
+
+
+@pytest.mark.parametrize("suffix", writing.WRITABLE_SUFFIXES)
 def test_a_full_disk_leaves_the_old_file_and_nothing_else(tmp_path: Path, suffix: str) -> None:
     target = tmp_path / f"a{suffix}"
     target.write_bytes(b"the old one")
