@@ -31,6 +31,7 @@ if TYPE_CHECKING:
     from poet_tokenizers.base import AudioTokenizer, TextTokenizer, VideoTokenizer
 
 __all__ = [
+    "TRAINED_TASKS_KEY",
     "Bundle",
     "GenerationDefaults",
     "check_fingerprint",
@@ -46,6 +47,7 @@ VOCABULARY_FILE: Final = "vocabulary.json"
 MODEL_CARD_FILE: Final = "README.md"
 UPSAMPLER_DIRECTORY: Final = "upsampler"
 FINGERPRINT_KEY: Final = "poet_fingerprint"
+TRAINED_TASKS_KEY: Final = "trained_tasks"
 _TOKENIZER_KINDS: Final = ("video", "audio", "text")
 
 
@@ -205,6 +207,12 @@ class Bundle:
                 f"{file} must have the vocab_size {self.vocabulary.padded_vocab_size} of the vocabulary beside it, "
                 f"it has {self.model_config.vocab_size}. Export the model again."
             )
+        named = self.config.get(TRAINED_TASKS_KEY)
+        if named is not None and not (isinstance(named, list) and named and all(isinstance(x, str) for x in named)):
+            raise CheckpointError(
+                f"{file}: {TRAINED_TASKS_KEY} must be a list of the names of tasks, got {named!r}. Take it out, or "
+                "export the model again."
+            )
 
     def _check_described_tokenizer(self, kind: str) -> None:
         """Compare what a tokenizer's config.json says of itself; its weights are compared when they are loaded."""
@@ -259,6 +267,25 @@ class Bundle:
                     f"{file} cannot be read: {error.strerror}. Copy the bundle whole, or export it again."
                 ) from error
         return digest.hexdigest()
+
+    @property
+    def trained_tasks(self) -> tuple[str, ...] | None:
+        """Names of the tasks that the model was trained on; None where the bundle does not say."""
+        named = None if self.config is None else self.config.get(TRAINED_TASKS_KEY)
+        return None if named is None else tuple(named)
+
+    def check_trained(self, task: str) -> None:
+        """Raise if the bundle says that its model was not trained on a task, of which it would write nonsense.
+
+        Raises:
+            ConfigError: it was not; the message names the tasks that it was trained on.
+        """
+        trained = self.trained_tasks
+        if trained is not None and task not in trained:
+            raise ConfigError(
+                f"the task must be one that the model of {self.path} was trained on: {', '.join(trained)}; got "
+                f"{task!r}. Choose one of them, or a bundle that was trained on it."
+            )
 
     @cached_property
     def model_config(self) -> PoetConfig:

@@ -64,6 +64,7 @@ def generate(
     defaults = bundle.generation_config
     chosen = settings.task or _guess_task(settings, defaults.task)
     row = get_task(chosen)
+    bundle.check_trained(chosen)
     targets = _targets(output, num_samples, row)
     _keep_what_is_read(targets, (settings.image, settings.video, settings.audio, like))
     given = _read_given(settings, bundle, row)

@@ -50,6 +50,7 @@ def _of_bundle(path: Path) -> dict[str, Any]:
             f"{model.num_parameters / 1e6:.1f} M parameters, {model.num_layers} layers of {model.hidden_size}, "
             f"scenes of up to {model.scene_length} ids"
         )
+        result["trained_tasks"] = "it does not say" if bundle.trained_tasks is None else list(bundle.trained_tasks)
     return result
 
 

@@ -66,7 +66,8 @@ def generation(
         Where the report is and what it says in short.
 
     Raises:
-        ConfigError: there is no such task or split, or the judge cannot tell what the task should have written.
+        ConfigError: there is no such task or split, the model was not trained on the task, or the judge cannot tell
+            what it should have written.
         MediaError: `output` cannot be a directory.
     """
     row, defaults = get_task(task), bundle.generation_config
@@ -75,6 +76,7 @@ def generation(
             f"task {task} cannot be evaluated: the judge compares pictures and sounds with the caption of a clip "
             "that the task was told or shown whole. Choose another --task."
         )
+    bundle.check_trained(task)
     splits = _check_splits(splits, start)
     _make_directory(output)
     settings: dict[str, Any] = {

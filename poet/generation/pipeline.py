@@ -111,7 +111,8 @@ class Pipeline:
             One clip a request, in order.
 
         Raises:
-            ConfigError: a request that cannot be carried out; nothing has been written then.
+            ConfigError: a request that cannot be carried out, or of a task that the bundle's model was not trained on;
+                nothing has been written then.
         """
         prepared = [self._prepare(request) for request in requests]
         outputs = self.engine.generate([item.generation for item in prepared], progress)
@@ -143,6 +144,7 @@ class Pipeline:
     def _prepare(self, request: ClipRequest) -> _Prepared:
         """Encode what is given, pack the prefix and say what may be written."""
         task = get_task(request.task)
+        self.bundle.check_trained(task.name)
         clip = request.clip
         task.check_inputs(_given_kinds(task, request))
         if request.sampling.seed is None:

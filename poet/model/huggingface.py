@@ -44,7 +44,7 @@ IGNORED = -100
 
 
 class PoetHuggingFaceConfig(Qwen3Config):  # type: ignore[no-untyped-call]
-    """A bundle's config.json as transformers reads it: Qwen3's keys, `scene_length` and `poet_fingerprint`.
+    """A bundle's config.json as transformers reads it: Qwen3's keys and Poet's own.
 
     `PoetConfig.from_huggingface_dict` checks it when a model is built.
     """
@@ -53,6 +53,7 @@ class PoetHuggingFaceConfig(Qwen3Config):  # type: ignore[no-untyped-call]
 
     scene_length: int | None = None
     poet_fingerprint: str = ""
+    trained_tasks: list[str] | None = None
     pad_token_id: int | None = SPECIAL_NAMES.index("<pad>")
     bos_token_id: int | None = SPECIAL_NAMES.index("<bos>")
     eos_token_id: int | list[int] | None = SPECIAL_NAMES.index("<eos>")

@@ -15,7 +15,7 @@ import torch
 from safetensors.torch import save_file
 from torch import Tensor, nn
 
-from poet.bundle import Bundle, export_bundle
+from poet.bundle import TRAINED_TASKS_KEY, Bundle, export_bundle
 from poet.data.loader import Batch, SceneLoader
 from poet.data.packing import MODALITIES, SceneSampler
 from poet.data.shards import open_shards
@@ -215,10 +215,11 @@ class LanguageTraining:
         weights = {
             name: tensor.to("cpu", dtype).contiguous() for name, tensor in self.average.module.state_dict().items()
         }
+        config = self.config.to_huggingface_dict(fingerprint=self.bundle.fingerprint, dtype=self.recipe.export_dtype)
         export_bundle(
             directory,
             self.bundle,
-            self.config.to_huggingface_dict(fingerprint=self.bundle.fingerprint, dtype=self.recipe.export_dtype),
+            config | {TRAINED_TASKS_KEY: sorted(self.recipe.tasks)},
             lambda path: save_file(weights, path, metadata={"format": "pt"}),
             overwrite=True,
         )

@@ -88,6 +88,7 @@ def test_a_tokenizer_bundle_opens_only_where_no_model_is_needed(tokenizers, tmp_
         _ = made.model_config
     with pytest.raises(CheckpointError, match="holds no model, only tokenizers"):
         _ = made.weights_sha256
+    assert made.trained_tasks is None
 
 
 def test_the_weights_checksum_is_the_files_and_read_once(copy):
@@ -174,6 +175,9 @@ def test_a_tokenizer_that_was_changed_after_opening_is_refused_when_it_loads(cop
     [
         ("config.json", {"vocab_size": 768}, "must have the vocab_size 640 of the vocabulary beside it, it has 768"),
         ("config.json", {"hidden_act": "gelu"}, "hidden_act must be 'silu'"),
+        ("config.json", {"trained_tasks": "captioning"}, "trained_tasks must be a list .*, got 'captioning'"),
+        ("config.json", {"trained_tasks": [7]}, r"trained_tasks must be a list .*, got \[7\]"),
+        ("config.json", {"trained_tasks": []}, r"trained_tasks must be a list .*, got \[\]"),
         ("generation_config.json", {"height": 32}, "does not fit vocabulary.json beside it"),
         ("generation_config.json", {"num_frames": 6}, "num_frames must be 1"),
         ("generation_config.json", {"flavour": 1}, r"unknown keys \['flavour'\]"),
@@ -186,6 +190,19 @@ def test_an_edited_file_is_refused_and_the_edit_named(copy, file, changes, messa
     edit(copy / file, **changes)
     with pytest.raises(CheckpointError, match=message):
         Bundle.open(copy)
+
+
+def test_a_task_that_the_model_was_not_trained_on_is_refused_with_those_that_it_was(copy, whole):
+    assert whole.trained_tasks is None
+    whole.check_trained("inpainting")
+    edit(copy / "config.json", trained_tasks=["text_to_audio", "captioning"])
+    bundle = Bundle.open(copy)
+    assert bundle.trained_tasks == ("text_to_audio", "captioning")
+    assert bundle.fingerprint == whole.fingerprint
+    assert bundle.model_config == whole.model_config
+    bundle.check_trained("captioning")
+    with pytest.raises(ConfigError, match="copy was trained on: text_to_audio, captioning; got 'inpainting'"):
+        bundle.check_trained("inpainting")
 
 
 def test_a_broken_file_is_named(copy):

@@ -282,6 +282,28 @@ def test_a_file_that_cannot_hold_what_a_task_writes_is_refused_before_anything_i
     assert list(tmp_path.iterdir()) == []
 
 
+@pytest.mark.parametrize(
+    "arguments", [["generate", "x", "--model"], ["evaluate", "--task", "text_to_video_audio", "-o", "report"]]
+)
+def test_a_task_that_nobody_trained_is_refused_before_an_engine_is_started(
+    call: Callable[..., tuple[int, str, str]],
+    bundle: Path,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    arguments: list[str],
+) -> None:
+    taught = Path(shutil.copytree(bundle, tmp_path / "taught"))
+    config = json.loads((taught / "config.json").read_text())
+    (taught / "config.json").write_text(json.dumps(config | {"trained_tasks": ["captioning", "text_to_audio"]}))
+    for module in ("poet.generation.engine", "poet.evaluation.measure"):
+        monkeypatch.setattr(f"{module}.load_engine", lambda *_: pytest.fail("an engine was started"))
+    code, out, err = call(*arguments, taught)
+    assert (code, out) == (1, "")
+    assert "captioning, text_to_audio; got 'text_to_video_audio'" in err
+    assert [path.name for path in tmp_path.iterdir()] == ["taught"]
+    assert json.loads(call("info", taught, "--json")[1])["trained_tasks"] == ["captioning", "text_to_audio"]
+
+
 def test_a_refusal_does_not_wait_for_torch(bundle: Path, tmp_path: Path) -> None:
     arguments = ["generate", "x", "--model", str(bundle), "--task", "text_to_video", "-o", "x.wav"]
     code = f"import sys; from poet.cli.main import main; print(main({arguments}), 'torch' in sys.modules)"

@@ -30,6 +30,7 @@ CONFIG = PoetConfig(
     scene_length=64,
     max_position_embeddings=128,
 )
+TRAINED = ["captioning", "text_to_audio"]
 PROMPTS = [[5, 17, 29, 41, 53, 67, 71], [7, 19, 31], [11, 23, 37, 43, 59]]
 
 
@@ -46,7 +47,7 @@ def build(tied: bool) -> PoetTransformer:
 def save(model: PoetTransformer, directory: Path) -> Path:
     directory.mkdir(exist_ok=True)
     save_weights(model, directory / "model.safetensors")
-    content = model.config.to_huggingface_dict(fingerprint="ab" * 32)
+    content = model.config.to_huggingface_dict(fingerprint="ab" * 32) | {"trained_tasks": TRAINED}
     (directory / "config.json").write_text(json.dumps(content))
     return directory
 
@@ -79,6 +80,7 @@ def test_config_reads_as_poets(bundle: Path, reference: PoetTransformer) -> None
     assert isinstance(config, PoetHuggingFaceConfig)
     assert config.poet == reference.config
     assert config.poet_fingerprint == "ab" * 32
+    assert config.trained_tasks == TRAINED
     assert (config.pad_token_id, config.bos_token_id, config.eos_token_id) == (0, 1, 2)
 
 
@@ -176,7 +178,8 @@ def test_save_pretrained_writes_what_the_reference_loads(
     assert loaded.state_dict().keys() == reference.state_dict().keys()
     for name, tensor in reference.state_dict().items():
         assert torch.equal(loaded.state_dict()[name], tensor)
-    assert json.loads((tmp_path / "config.json").read_text())["poet_fingerprint"] == "ab" * 32
+    written = json.loads((tmp_path / "config.json").read_text())
+    assert (written["poet_fingerprint"], written["trained_tasks"]) == ("ab" * 32, TRAINED)
 
 
 def test_new_model_starts_with_the_references_deviations() -> None:

@@ -255,6 +255,7 @@ def test_the_export_is_a_bundle_with_the_averaged_weights(tied: bool, ground: Gr
     bundle = Bundle.open(tmp_path / "bundle")
     assert bundle.fingerprint == training.bundle.fingerprint
     assert bundle.model_config == training.config
+    assert bundle.trained_tasks == ("captioning", "text_to_video_audio")
     tensors = load_file(bundle.weights)
     averages = dict(training.average.module.named_parameters())
     assert tensors.keys() == averages.keys()

@@ -1,6 +1,7 @@
 """The pipeline with an engine that needs no model: what is given, what is asked for, and how a clip is put together."""
 
 import hashlib
+import json
 from collections.abc import Callable, Sequence
 from pathlib import Path
 
@@ -160,6 +161,18 @@ def test_inputs_that_do_not_fit_the_task_are_refused_before_anything_is_written(
         with pytest.raises(ConfigError, match=said):
             pipeline.generate([good, bad])
     assert engine.requests == []
+
+
+def test_a_task_that_nobody_trained_is_refused_before_anything_is_written(tmp_path: Path) -> None:
+    made = tiny_bundle(tmp_path / "tiny")
+    file = made.path / "config.json"
+    file.write_text(json.dumps(json.loads(file.read_text()) | {"trained_tasks": ["text_to_audio", "unconditional"]}))
+    pipeline, engine = make(Bundle.open(made.path))
+    good = ClipRequest(task="unconditional")
+    with pytest.raises(ConfigError, match="trained on: text_to_audio, unconditional; got 'image_to_video'"):
+        pipeline.generate([good, ClipRequest(task="image_to_video", clip=given(pipeline, 1))])
+    assert engine.requests == []
+    assert len(pipeline.generate([good])) == 1
 
 
 def test_a_clip_with_picture_and_sound_is_not_left_out_silently(bundle: Bundle) -> None:

@@ -48,7 +48,8 @@ def request_of(
 def bundle(tmp_path_factory: pytest.TempPathFactory) -> Path:
     directory = tmp_path_factory.mktemp("bundle")
     torch.manual_seed(3)
-    (directory / "config.json").write_text(json.dumps(CONFIG.to_huggingface_dict()))
+    content = CONFIG.to_huggingface_dict() | {"trained_tasks": ["captioning", "text_to_video_audio"]}
+    (directory / "config.json").write_text(json.dumps(content))
     save_weights(PoetTransformer(CONFIG), directory / "model.safetensors")
     return directory
 
@@ -62,6 +63,12 @@ def engine(bundle: Path) -> Iterator[VLLMEngine]:
 def test_it_is_an_engine(engine: VLLMEngine) -> None:
     assert isinstance(engine, Engine)
     assert engine.name == "vllm"
+
+
+def test_it_serves_a_bundle_that_names_its_trained_tasks(engine: VLLMEngine) -> None:
+    assert engine._vllm.vllm_config.model_config.hf_config.trained_tasks == ["captioning", "text_to_video_audio"]
+    [output] = engine.generate([request_of(3)])
+    check_output(VIDEO_AUDIO, output)
 
 
 def test_every_id_drawn_at_temperature_1_is_legal(engine: VLLMEngine) -> None:
