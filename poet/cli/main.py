@@ -12,10 +12,11 @@ os.environ.setdefault("TORCH_CPP_LOG_LEVEL", "ERROR")
 
 import functools
 from collections.abc import Callable
-from importlib.metadata import entry_points
+from importlib.metadata import EntryPoint, entry_points
 from typing import Any
 
 import typer
+from typer.core import TyperCommand
 
 from poet import __version__
 from poet.cli.data import encode, reconstruct
@@ -24,7 +25,7 @@ from poet.cli.generate import generate
 from poet.cli.info import info
 from poet.cli.output import note
 from poet.cli.train import train
-from poet.errors import PoetError
+from poet.errors import ConfigError, PoetError
 
 __all__ = ["build_app", "main"]
 
@@ -32,7 +33,7 @@ EXIT_ERROR, EXIT_INTERRUPTED = 1, 130
 
 
 def build_app() -> typer.Typer:
-    """All commands, those of installed packages included (entry-point group `poet.commands`)."""
+    """All commands, those of installed packages included (entry-point group `poet.commands`), which are not loaded."""
     app = typer.Typer(
         name="poet",
         help="Writes video with sound, from text, images, clips or nothing.",
@@ -42,10 +43,13 @@ def build_app() -> typer.Typer:
         rich_markup_mode=None,
     )
     app.callback()(_options)
-    for command in (generate, reconstruct, encode, train, evaluate, info):
+    own = (generate, reconstruct, encode, train, evaluate, info)
+    for command in own:
         app.command()(_with_messages(command))
+    names = {command.__name__ for command in own}
     for entry in sorted(entry_points(group="poet.commands"), key=lambda entry: entry.name):
-        app.command(name=entry.name)(_with_messages(entry.load()))
+        if entry.name not in names:
+            app.command(name=entry.name, cls=_plugin(entry), help=f"Plugin {entry.value}.")(_nothing)
     return app
 
 
@@ -56,6 +60,33 @@ def main(arguments: list[str] | None = None) -> int:
     except SystemExit as end:
         return end.code if isinstance(end.code, int) else 0 if end.code is None else EXIT_ERROR
     return 0
+
+
+def _plugin(entry: EntryPoint) -> type[TyperCommand]:
+    """A command that is loaded when it is called or asked for its help, so that it cannot break or slow others."""
+
+    class Plugin(TyperCommand):
+        def make_context(self, info_name: str | None, args: list[str], parent: Any = None, **extra: Any) -> Any:
+            return _with_messages(_load)(entry).make_context(info_name, args, parent, **extra)
+
+    return Plugin
+
+
+def _load(entry: EntryPoint) -> Any:
+    try:
+        command = entry.load()
+    except (ImportError, AttributeError) as error:
+        raise ConfigError(
+            f"the command {entry.name!r} is the plugin {entry.value}, which cannot be loaded: {error}. Install its "
+            "package again with all that it needs, or remove it."
+        ) from error
+    app = typer.Typer(add_completion=False, pretty_exceptions_enable=False, rich_markup_mode=None)
+    app.command(name=entry.name)(_with_messages(command))
+    return typer.main.get_command(app)
+
+
+def _nothing() -> None:
+    """In the place of a plugin that is not loaded."""
 
 
 def _with_messages(command: Callable[..., Any]) -> Callable[..., Any]:
