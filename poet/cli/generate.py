@@ -183,7 +183,7 @@ def _settings_like(path: Path, asked: _Settings, bundle: Bundle) -> tuple[_Setti
         raise ConfigError(
             f"{path} does not say all that made it ({error}): its metadata was changed since, or is of an older Poet."
         ) from error
-    found = {kind: _find_given(path, kind, *known, said.get(kind)) for kind, known in given.items()}
+    found: dict[str, Any] = {kind: _find_given(path, kind, *known, said.get(kind)) for kind, known in given.items()}
     made = dataclasses.replace(made, **found)
     settings = dataclasses.replace(made, **said)
     return settings, facts.get("ids_sha256") if settings == made else None

@@ -6,6 +6,7 @@ import stat
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
+from io import BufferedReader
 from pathlib import Path
 from typing import Any, BinaryIO, Never
 
@@ -119,7 +120,7 @@ def open_media(path: str | Path) -> Iterator[OpenMedia]:
             ) from error
 
 
-def _open_file(path: str | Path) -> tuple[BinaryIO, int]:
+def _open_file(path: str | Path) -> tuple[BufferedReader, int]:
     if "://" in str(path):
         raise MediaError(f"{path}: must be a local file, got an address. Download it and give the file's path.")
     try:
