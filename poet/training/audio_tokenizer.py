@@ -47,6 +47,7 @@ class AudioTokenizerRecipe:
         validation_source: name of the sounds to measure on.
         source_clips: distinct clips to learn from, drawn once, kept in memory and gone through in turn.
         start_from: directory of a tokenizer, codebooks included, to begin with; null starts from random weights.
+        decoder_only: leave encoder and codebooks as `start_from` has them, so that codes keep their meaning.
         num_steps: optimiser steps in all.
         batch_size: B, clips a step.
         num_samples: S, samples of each clip that a step sees; a stretch, on a hop's border, of longer clips.
@@ -82,6 +83,7 @@ class AudioTokenizerRecipe:
     validation_source: str
     source_clips: int = 4_096
     start_from: Path | None = None
+    decoder_only: bool = False
     num_steps: int = 4_000
     batch_size: int = 8
     num_samples: int = 34_000
@@ -139,6 +141,7 @@ class AudioTokenizerRecipe:
         fits = len(shares) == levels and min(shares) >= 0 and sum(shares) > 0
         self._require("level_shares", fits, f"hold {levels} shares, one a level and not all zero")
         self._require("exported_levels", 0 <= self.exported_levels <= levels, f"lie in 0..{levels}")
+        self._require("decoder_only", not self.decoder_only or self.start_from is not None, "come with start_from")
         self._require("precision", self.precision in ("fp32", "bf16"), 'be "fp32" or "bf16"')
 
     def _require(self, name: str, fits: bool, demand: str) -> None:
@@ -172,9 +175,14 @@ class AudioTokenizerTraining:
             if recipe.adversarial_weight > 0:
                 weights |= {"adversarial": recipe.adversarial_weight, "features": recipe.feature_weight}
                 self.discriminator = audio_losses.build_discriminator(recipe.discriminator_filters).to(self.device)
+        self.model.encoder.requires_grad_(not recipe.decoder_only)
         self.average = ExponentialMovingAverage(self.model, recipe.ema_decay)
         self.balancer = audio_losses.LossBalancer(weights)
-        self.optimizer = torch.optim.Adam(self.model.parameters(), lr=recipe.learning_rate, betas=(0.8, 0.99))
+        self.optimizer = torch.optim.Adam(
+            [weight for weight in self.model.parameters() if weight.requires_grad],
+            lr=recipe.learning_rate,
+            betas=(0.8, 0.99),
+        )
         self.discriminator_optimizer = (
             torch.optim.Adam(self.discriminator.parameters(), lr=recipe.learning_rate, betas=(0.5, 0.9))
             if self.discriminator is not None
@@ -189,6 +197,7 @@ class AudioTokenizerTraining:
     def _train_step(self, step: int, rng: np.random.Generator) -> dict[str, float]:
         recipe = self.recipe
         self.model.train()
+        self.model.quantizer.train(not recipe.decoder_only)  # in training its codebooks follow the latents
         indices = self._choose(step, rng)
         target = self._training_batch(indices, rng)
         if step == recipe.quantizer_start and recipe.start_from is None:
@@ -197,7 +206,7 @@ class AudioTokenizerTraining:
         levels = int(rng.choice(len(shares), p=shares)) + 1 if step >= recipe.quantizer_start else 0
         moved = 0
         reviving = recipe.quantizer_start < step < recipe.revival_end * recipe.num_steps
-        if reviving and recipe.dead_code_threshold > 0 and step % 10 == 0:
+        if reviving and not recipe.decoder_only and recipe.dead_code_threshold > 0 and step % 10 == 0:
             moved = self.model.revive_codebooks(target, recipe.dead_code_threshold)
 
         with torch.autocast(self.device.type, torch.bfloat16, enabled=recipe.precision == "bf16"):

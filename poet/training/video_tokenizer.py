@@ -62,6 +62,7 @@ class VideoTokenizerRecipe:
         height: pixels.
         width: pixels.
         start_from: directory of a tokenizer whose weights to begin with; null starts from random weights.
+        decoder_only: leave the encoder as `start_from` has it, so that codes keep their meaning.
         num_steps: optimiser steps in all.
         batch_size: B.
         hard_share: of a batch, how many clips are drawn in proportion to the loss that they had when last seen; the
@@ -98,6 +99,7 @@ class VideoTokenizerRecipe:
     height: int = 64
     width: int = 64
     start_from: Path | None = None
+    decoder_only: bool = False
     num_steps: int = 10_000
     batch_size: int = 8
     hard_share: float = 0.0
@@ -129,6 +131,10 @@ class VideoTokenizerRecipe:
         for name in ("hard_share", "l1_share", "edge_share"):
             if not 0 <= getattr(self, name) <= 1:
                 raise ConfigError(f"{name} must lie in [0, 1], got {getattr(self, name)!r}.")
+        if self.decoder_only and self.start_from is None:
+            raise ConfigError(
+                "decoder_only needs start_from: a decoder cannot learn the codes of an untrained encoder."
+            )
         if self.learning_rate <= 0:
             raise ConfigError(f"learning_rate must be positive, got {self.learning_rate!r}.")
 
@@ -157,6 +163,7 @@ class VideoTokenizerTraining:
         self.recipe, self.source, self.device = recipe, source, torch.device(device)
         torch.manual_seed(recipe.seed)
         self.model = begin(MagViT2, recipe.codec, recipe.start_from).to(self.device).train()
+        self.model.encoder.requires_grad_(not recipe.decoder_only)
         self.average = ExponentialMovingAverage(self.model, recipe.ema_decay)
         self.optimizer = _adam(self.model, recipe)
         self.discriminator: VideoDiscriminator | None = None
@@ -361,5 +368,9 @@ def code_use(codes: Tensor, codebook_size: int) -> dict[str, float]:
 
 def _adam(module: nn.Module, recipe: VideoTokenizerRecipe) -> torch.optim.AdamW:
     return torch.optim.AdamW(
-        module.parameters(), lr=recipe.learning_rate, betas=(0.9, 0.99), weight_decay=recipe.weight_decay, fused=True
+        [weight for weight in module.parameters() if weight.requires_grad],
+        lr=recipe.learning_rate,
+        betas=(0.9, 0.99),
+        weight_decay=recipe.weight_decay,
+        fused=True,
     )

@@ -7,7 +7,7 @@ export OMP_WAIT_POLICY=PASSIVE GOMP_SPINCOUNT=0
 POET=${POET:-poet}
 DEVICE=${DEVICE:-cpu}
 RUN=runs/nano
-CLIPS=9600
+CLIPS=32000
 VIDEO=() AUDIO=() LANGUAGE=()
 if [ "$DEVICE" = cuda ]; then
   CLIPS=200000
@@ -16,9 +16,12 @@ if [ "$DEVICE" = cuda ]; then
 fi
 
 "$POET" train recipes/nano/text_tokenizer.yaml -o $RUN/text_tokenizer
-"$POET" train recipes/nano/audio_tokenizer.yaml -o $RUN/audio_tokenizer --device "$DEVICE" "${AUDIO[@]}"
-"$POET" train recipes/nano/video_tokenizer.yaml -o $RUN/video_tokenizer --device "$DEVICE" "${VIDEO[@]}"
-"$POET" train recipes/nano/video_tokenizer_detail.yaml -o $RUN/video_tokenizer_detail --device "$DEVICE" "${VIDEO[@]}"
+for stage in audio_tokenizer audio_tokenizer_detail audio_tokenizer_hard; do
+  "$POET" train recipes/nano/$stage.yaml -o $RUN/$stage --device "$DEVICE" "${AUDIO[@]}"
+done
+for stage in video_tokenizer video_tokenizer_detail video_tokenizer_hard; do
+  "$POET" train recipes/nano/$stage.yaml -o $RUN/$stage --device "$DEVICE" "${VIDEO[@]}"
+done
 [ -d $RUN/tokenizers/export ] || "$POET" train recipes/nano/tokenizers.yaml -o $RUN/tokenizers
 "$POET" encode toybox:train --count $CLIPS --model $RUN/tokenizers/export -o $RUN/shards/train --device "$DEVICE"
 "$POET" encode toybox:seen --count 512 --start 100000 --model $RUN/tokenizers/export -o $RUN/shards/seen --device "$DEVICE"

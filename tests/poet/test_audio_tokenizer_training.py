@@ -145,6 +145,24 @@ def test_a_second_stage_starts_from_the_codec_it_names(tmp_path: Path) -> None:
                                        level_shares=(1, 1, 1, 1)), _sounds)  # fmt: skip
 
 
+def test_a_decoder_that_trains_alone_leaves_the_codes_what_they_mean(tmp_path: Path) -> None:
+    first = AudioTokenizerTraining(_recipe(), _sounds)
+    for step in range(4):
+        first.train_step(step)
+    first.export(tmp_path / "start")
+    recipe = _recipe(start_from=tmp_path / "start", quantizer_start=0, decoder_only=True, dead_code_threshold=0.9)
+    training = AudioTokenizerTraining(recipe, _sounds)
+    for step in range(11):  # revival of dead codes would come at step 10
+        training.train_step(step)
+    training.export(tmp_path / "export")
+    before, after = (EncodecTokenizer.load(tmp_path / name) for name in ("start", "export"))
+    assert before.spec == after.spec
+    waveform = torch.from_numpy(_sounds("training", 0))[None, None]
+    assert not torch.equal(before.decode(before.encode(waveform)), after.decode(after.encode(waveform)))
+    with pytest.raises(ConfigError, match="decoder_only must come with start_from"):
+        _recipe(decoder_only=True)
+
+
 def test_quantisation_begins_at_its_step_with_levels_in_their_shares() -> None:
     training = AudioTokenizerTraining(_recipe(level_shares=(0, 1, 1)), _sounds)
     levels = [training.train_step(step)["levels"] for step in range(6)]

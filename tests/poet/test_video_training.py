@@ -265,6 +265,19 @@ def test_the_export_is_the_averaged_tokenizer(tmp_path: Path) -> None:
     assert len(tokenizer.spec.checksum) == 64
 
 
+def test_a_decoder_that_trains_alone_leaves_the_codes_what_they_mean(tmp_path: Path) -> None:
+    MagViT2(TINY).save(tmp_path / "start")
+    training = _training(start_from=tmp_path / "start", decoder_only=True, weight_decay=0.1)
+    for step in range(3):
+        training.train_step(step)
+    training.export(tmp_path / "export")
+    before, after = MagViT2.load(tmp_path / "start"), MagViT2.load(tmp_path / "export")
+    assert before.spec == after.spec
+    assert not _same(dict(before.decoder.named_parameters()), dict(after.decoder.named_parameters()))
+    with pytest.raises(ConfigError, match="decoder_only needs start_from"):
+        _training(decoder_only=True)
+
+
 @pytest.mark.parametrize("shape", [(N + 1, H, W), (N, H + 4, W), (N, H, W - 1)], ids=str)
 def test_clips_that_the_strides_do_not_divide_are_refused(shape: tuple[int, int, int]) -> None:
     with pytest.raises(ConfigError, match=r"\(1 \+ k \* 4, height, width, 3\) with height and width divisible by 8"):

@@ -189,6 +189,18 @@ def test_the_checksum_stays_while_the_weights_do(tokenizer: EncodecTokenizer, tm
     assert second.spec.checksum != first.spec.checksum
 
 
+def test_another_decoder_leaves_the_spec_and_another_encoder_does_not(
+    tokenizer: EncodecTokenizer, tmp_path: Path
+) -> None:
+    tokenizer.save(tmp_path / "first")
+    for part in ("decoder", "encoder"):
+        changed = copy.deepcopy(tokenizer)
+        with torch.no_grad():
+            next(changed.get_submodule(part).parameters()).mul_(1.5)
+        changed.save(tmp_path / part)
+        assert (EncodecTokenizer.load(tmp_path / part).spec == tokenizer.spec) == (part == "decoder")
+
+
 def test_training_forgets_the_checksum(tokenizer: EncodecTokenizer, tmp_path: Path) -> None:
     saved = copy.deepcopy(tokenizer)
     saved.save(tmp_path)

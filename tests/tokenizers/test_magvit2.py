@@ -285,9 +285,19 @@ def saved(tmp_path: Path) -> Path:
     return tmp_path
 
 
-def test_a_changed_weight_is_noticed(saved: Path) -> None:
+@pytest.mark.parametrize("part", ["decoder", "encoder"])
+def test_another_decoder_leaves_the_spec_and_another_encoder_does_not(part: str, saved: Path, tmp_path: Path) -> None:
+    first, changed = MagViT2.load(saved), MagViT2.load(saved)
+    with torch.no_grad():
+        next(changed.get_submodule(part).parameters()).mul_(1.5)
+    changed.save(tmp_path / "changed")
+    assert (MagViT2.load(tmp_path / "changed").spec == first.spec) == (part == "decoder")
+
+
+@pytest.mark.parametrize("part", ["decoder", "encoder"])
+def test_a_changed_weight_is_noticed(part: str, saved: Path) -> None:
     weights = load_file(saved / "model.safetensors")
-    next(iter(weights.values())).view(-1)[0] += 1e-3
+    next(weight for name, weight in weights.items() if name.startswith(part)).view(-1)[0] += 1e-3
     save_file(weights, saved / "model.safetensors")
     with pytest.raises(CheckpointError, match="checksum"):
         MagViT2.load(saved)

@@ -115,7 +115,7 @@ class EncodecTokenizer(nn.Module):
 
     Args:
         config: the shape of the codec.
-        checksum: sha256 of the weights when they are known to be final; "" while training.
+        checksum: of what decides the codes, when it is known to be final; "" while training.
     """
 
     def __init__(self, config: EncodecConfig, checksum: str = "") -> None:
@@ -256,7 +256,7 @@ class EncodecTokenizer(nn.Module):
         kept = cut.state_dict().keys()
         cut.load_state_dict({name: tensor for name, tensor in self.state_dict().items() if name in kept})
         cut.eval()
-        cut.checksum = checkpoint.weights_checksum(cut.final_tensors()) if self.checksum else ""
+        cut.checksum = checkpoint.codes_checksum(cut.final_tensors()) if self.checksum else ""
         return cut
 
     def final_tensors(self) -> dict[str, Tensor]:
@@ -270,9 +270,10 @@ class EncodecTokenizer(nn.Module):
         directory = Path(directory)
         tensors = self.final_tensors()
         checkpoint.write_tensors(directory, tensors)
-        self.checksum = checkpoint.weights_checksum(tensors)
+        self.checksum = checkpoint.codes_checksum(tensors)
         config = dataclasses.asdict(self.config) | {"ratios": list(self.config.ratios)}
-        checkpoint.write_description(directory, KIND, config, dataclasses.asdict(self.spec))
+        spec = dataclasses.asdict(self.spec)
+        checkpoint.write_description(directory, KIND, config, spec, checkpoint.weights_checksum(tensors))
 
     @classmethod
     def load(cls, directory: str | Path, device: str | torch.device = "cpu") -> Self:
@@ -292,8 +293,9 @@ class EncodecTokenizer(nn.Module):
         checkpoint.load_strictly(model, tensors, model.final_tensors(), file)
         audio_codebooks.reset_statistics(model.quantizer)
         model.eval()
-        model.checksum = checkpoint.weights_checksum(model.final_tensors())
+        model.checksum = checkpoint.codes_checksum(model.final_tensors())
         checkpoint.check_spec(directory, description["spec"], dataclasses.asdict(model.spec))
+        checkpoint.check_weights(directory, description, model.final_tensors())
         return model.to(device)
 
     @torch.no_grad()
@@ -380,5 +382,5 @@ def load_official_24khz(path: str | Path, num_codebooks: int = 8) -> EncodecToke
     model = EncodecTokenizer(config)
     checkpoint.load_strictly(model, tensors, model.state_dict(), path)
     model.eval()
-    model.checksum = checkpoint.weights_checksum(model.final_tensors())
+    model.checksum = checkpoint.codes_checksum(model.final_tensors())
     return model.with_num_codebooks(num_codebooks)

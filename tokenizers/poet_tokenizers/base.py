@@ -25,7 +25,8 @@ class VideoSpec:
         codebook_size: codes lie in [0, codebook_size).
         temporal_stride: video frames per latent frame; the first frame is a latent frame of its own.
         spatial_stride: pixels per latent place along height and width.
-        checksum: sha256 of the weights in hex; empty for a model that is still being trained.
+        checksum: sha256 in hex of the weights that decide the codes, which are all but the decoder's; empty for a
+            model that is still being trained.
     """
 
     kind: str
@@ -64,7 +65,8 @@ class AudioSpec:
         hop_length: samples per latent frame.
         num_codebooks: levels of the residual quantiser, coarse to fine.
         codebook_size: codes of every level lie in [0, codebook_size).
-        checksum: sha256 of the weights in hex; empty for a model that is still being trained.
+        checksum: sha256 in hex of the weights that decide the codes, which are all but the decoder's; empty for a
+            model that is still being trained.
     """
 
     kind: str

@@ -1,7 +1,9 @@
 """The directory form of a tokenizer: `config.json` beside plain tensors or a model file, and the checksum between them.
 
-`config.json` holds "kind" (which class reads the directory), "config" (that class's settings) and "spec" (what the
-shared vocabulary relies on, checksum included). No pickle is ever read. Knows files, never what a tokenizer computes.
+`config.json` holds "kind" (which class reads the directory), "config" (that class's settings), "spec" (what the shared
+vocabulary relies on: its checksum covers what decides which code something gets) and, beside tensors, "weights" (the
+checksum of all of them). So a codec may get a better decoder and keep its spec: codes that were written before mean
+the same. No pickle is ever read. Knows files, never what a tokenizer computes.
 """
 
 from __future__ import annotations
@@ -21,6 +23,8 @@ __all__ = [
     "CONFIG_FILE",
     "WEIGHTS_FILE",
     "check_spec",
+    "check_weights",
+    "codes_checksum",
     "load_strictly",
     "read_description",
     "read_tensors",
@@ -50,10 +54,19 @@ def weights_checksum(tensors: Mapping[str, Tensor]) -> str:
     return digest.hexdigest()
 
 
-def write_description(directory: Path, kind: str, config: Mapping[str, Any], spec: Mapping[str, Any]) -> None:
-    """Write `config.json`; makes the directory if need be."""
+def codes_checksum(tensors: Mapping[str, Tensor]) -> str:
+    """`weights_checksum` of what decides the codes: all tensors but those of the module `decoder`."""
+    return weights_checksum({name: tensor for name, tensor in tensors.items() if not name.startswith("decoder.")})
+
+
+def write_description(
+    directory: Path, kind: str, config: Mapping[str, Any], spec: Mapping[str, Any], weights: str | None = None
+) -> None:
+    """Write `config.json`; makes the directory if need be. `weights` is the checksum of all tensors beside it."""
     directory.mkdir(parents=True, exist_ok=True)
-    description = {"kind": kind, "config": dict(config), "spec": dict(spec)}
+    description: dict[str, Any] = {"kind": kind, "config": dict(config), "spec": dict(spec)}
+    if weights is not None:
+        description["weights"] = weights
     (directory / CONFIG_FILE).write_text(json.dumps(description, indent=2) + "\n", encoding="utf-8")
 
 
@@ -154,6 +167,21 @@ def check_spec(directory: Path, written: Mapping[str, Any], computed: Mapping[st
         raise CheckpointError(
             f"{directory}: {CONFIG_FILE} must describe the weights beside it; its spec says {found}. "
             f"One of the two files was changed or damaged: copy the directory again or save the tokenizer again."
+        )
+
+
+def check_weights(directory: Path, description: Mapping[str, Any], tensors: Mapping[str, Tensor]) -> None:
+    """Compare the checksum of all weights in `config.json` with the one that they really have.
+
+    Raises:
+        CheckpointError: they differ.
+    """
+    written, computed = description.get("weights"), weights_checksum(tensors)
+    if written != computed:
+        raise CheckpointError(
+            f"{directory}: {CONFIG_FILE} must describe the weights beside it; it says that their checksum is "
+            f"{written!r} instead of {computed!r}. One of the two files was changed or damaged: copy the directory "
+            "again or save the tokenizer again."
         )
 
 

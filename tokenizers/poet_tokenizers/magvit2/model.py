@@ -23,6 +23,8 @@ from poet_tokenizers.checkpoint import (
     CONFIG_FILE,
     WEIGHTS_FILE,
     check_spec,
+    check_weights,
+    codes_checksum,
     load_strictly,
     read_description,
     read_tensors,
@@ -238,11 +240,12 @@ class MagViT2(nn.Module):
             yield video
 
     def save(self, directory: Path) -> None:
-        """Write `config.json` and `model.safetensors`; the checksum of the weights goes into the spec."""
+        """Write `config.json` and `model.safetensors`; the checksum of what decides the codes goes into the spec."""
         weights = self.state_dict()
-        self._checksum = weights_checksum(weights)
+        self._checksum = codes_checksum(weights)
         write_tensors(directory, weights)
-        write_description(directory, KIND, self.config.to_dict(), dataclasses.asdict(self.spec))
+        spec = dataclasses.asdict(self.spec)
+        write_description(directory, KIND, self.config.to_dict(), spec, weights_checksum(weights))
 
     @classmethod
     def load(cls, directory: Path, device: str | torch.device = "cpu") -> MagViT2:
@@ -258,8 +261,9 @@ class MagViT2(nn.Module):
             raise CheckpointError(f"{directory / CONFIG_FILE}: {error}") from error
         weights = read_tensors(directory)
         load_strictly(model, weights, model.state_dict(), directory / WEIGHTS_FILE)
-        model._checksum = weights_checksum(weights)
+        model._checksum = codes_checksum(weights)
         check_spec(directory, description["spec"], dataclasses.asdict(model.spec))
+        check_weights(directory, description, weights)
         return model.to(device).eval()
 
     def _pad(self, video: Tensor) -> Tensor:
