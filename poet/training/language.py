@@ -7,9 +7,10 @@ loader's. Batch `s` of the loader belongs to step `s`, so a resumed run repeats 
 from __future__ import annotations
 
 import dataclasses
+import functools
 from collections.abc import Callable, Mapping
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any, Literal, cast
 
 import torch
 from safetensors.torch import save_file
@@ -27,6 +28,7 @@ from poet.model.weights import load_transformer
 from poet.training.ahead import DrawnAhead
 from poet.training.loop import ExponentialMovingAverage, cosine_schedule
 from poet.training.losses import backward_from_targets, modality_means, target_losses
+from poet.training.replicas import Replicas
 
 __all__ = ["LanguageRecipe", "LanguageTraining", "ModelSize"]
 
@@ -139,6 +141,8 @@ class LanguageTraining:
         self.model.to(self.device)
         self.average = ExponentialMovingAverage(self.model, recipe.ema_decay)
         self.optimizers = _optimizers(self.model, recipe)
+        alone = recipe.compile or self.device.type != "cpu"
+        self.replicas = Replicas(self.model, 1 if alone else min(torch.get_num_threads(), recipe.batch_size))
         if recipe.compile:
             self.model.compile(dynamic=True)
         self.ahead = DrawnAhead(self.loader.batch)
@@ -153,7 +157,7 @@ class LanguageTraining:
                 group["lr"] = highest * multiplier
         loss_mask = batch["loss_mask"].to(self.device)
         self.model.zero_grad(set_to_none=True)
-        losses = self._losses(self.model, batch, loss_mask, backward_from_targets)
+        losses = self._backward(batch, loss_mask)
         norm = nn.utils.clip_grad_norm_(self.model.parameters(), recipe.gradient_clip)
         for optimizer, _ in self.optimizers.values():
             optimizer.step()
@@ -253,6 +257,20 @@ class LanguageTraining:
                 f"start_from {path} has the sizes {start.model_config}, the recipe asks for {self.config}."
             )
         self.model.load_state_dict(load_transformer(path).state_dict())
+
+    def _backward(self, batch: Batch, loss_mask: Tensor) -> Tensor:
+        """(P,) losses of a batch's targets; the gradient of their mean has been added to the weights'."""
+        rows, count = len(loss_mask), len(self.replicas.models)
+        borders = [rows * number // count for number in range(count + 1)]
+        total = int(loss_mask.sum())
+
+        def work(model: nn.Module, number: int) -> Tensor:
+            part = slice(borders[number], borders[number + 1])
+            measure = functools.partial(backward_from_targets, total=total)
+            own = cast(Batch, {name: tensor[part] for name, tensor in cast(dict[str, Tensor], batch).items()})
+            return self._losses(model, own, loss_mask[part], measure)
+
+        return torch.cat(self.replicas.backward(work))
 
     def _losses(self, model: nn.Module, batch: Batch, loss_mask: Tensor, measure: Callable[..., Tensor]) -> Tensor:
         """(P,) losses of a batch's targets by `target_losses` or `backward_from_targets`."""

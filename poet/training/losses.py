@@ -52,7 +52,12 @@ def target_losses(
 
 
 def backward_from_targets(
-    hidden: Tensor, ids: Tensor, loss_mask: Tensor, logits: Callable[[Tensor], Tensor], chunk: int = 1024
+    hidden: Tensor,
+    ids: Tensor,
+    loss_mask: Tensor,
+    logits: Callable[[Tensor], Tensor],
+    chunk: int = 1024,
+    total: int | None = None,
 ) -> Tensor:
     """`target_losses` and the gradient of their mean in one go, chunk by chunk.
 
@@ -65,6 +70,7 @@ def backward_from_targets(
         loss_mask: (B, L) bool.
         logits: (P, C) to (P, V).
         chunk: targets at a time.
+        total: targets to take the mean over, where these are a part of a batch; None takes these.
 
     Returns:
         (P,) float32 losses, detached; gradients have been added to everything that they depend on.
@@ -76,7 +82,7 @@ def backward_from_targets(
         row, column = rows[start : start + chunk], columns[start : start + chunk]
         piece = hidden.detach()[row, column - 1].requires_grad_()
         losses = F.cross_entropy(logits(piece).float(), ids[row, column], reduction="none")
-        (losses.sum() / count).backward()
+        (losses.sum() / (count if total is None else total)).backward()
         assert piece.grad is not None
         gradient[row, column - 1] = piece.grad.to(gradient.dtype)
         parts.append(losses.detach())
