@@ -249,7 +249,7 @@ class VideoTokenizerTraining:
 
     def state_dict(self) -> dict[str, Any]:
         """Weights, averages and optimisers."""
-        state = {
+        state: dict[str, Any] = {
             "model": self.model.state_dict(),
             "average": self.average.state_dict(),
             "optimizer": self.optimizer.state_dict(),
