@@ -49,8 +49,8 @@ format: $(READY)  ## put every file in the house format
 	$(BIN)/ruff format .
 	$(BIN)/ruff check --fix .
 
-serve: $(READY)  ## serve the shipped model over HTTP
-	$(BIN)/poet serve
+serve:  ## serve the shipped model over HTTP: not there yet (ROADMAP.md)
+	@echo "poet serve is not there yet; ROADMAP.md says when it comes."; exit 1
 
 bench: $(READY)  ## measure this machine
 	PATH="$(abspath $(BIN)):$$PATH" bash recipes/benchmarks/run.sh

@@ -9,7 +9,7 @@ from typing import Annotated, Any
 
 import typer
 
-from poet.cli.output import note, progress, show_result
+from poet.cli.output import keep_what_is_read, note, progress, show_result
 
 __all__ = ["encode", "reconstruct"]
 
@@ -73,7 +73,7 @@ def reconstruct(
     fps: Annotated[float | None, typer.Option(help="Frames per second; the file's own when left out.")] = None,
     height: Annotated[int | None, typer.Option(help="Pixels; the file's own when left out.")] = None,
     width: Annotated[int | None, typer.Option(help="Pixels; the file's own when left out.")] = None,
-    max_duration: Annotated[float, typer.Option(help="Seconds that may be read at most.")] = 60.0,
+    max_duration: Annotated[float, typer.Option(help="Longer files, in seconds, are refused.")] = 60.0,
     metadata: Annotated[bool, typer.Option(help="Write into the file what made it.")] = True,
     device: Annotated[str, typer.Option(help="cpu or cuda.")] = "cpu",
     json: Annotated[bool, typer.Option("--json", help="Print the result as one JSON object.")] = False,
@@ -87,6 +87,7 @@ def reconstruct(
     from poet.model.device import parse_device
 
     check_target(output)
+    keep_what_is_read([output], [source])
     parse_device(device)
     bundle = Bundle.open(default_bundle() if model is None else model, require_model=False)
     rate = bundle.vocabulary.sample_rate

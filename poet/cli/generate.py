@@ -4,13 +4,13 @@ from __future__ import annotations
 
 import dataclasses
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from poet.cli.output import note, progress, show_result
+from poet.cli.output import keep_what_is_read, note, progress, show_result
 from poet.errors import ConfigError, MediaError
 
 if TYPE_CHECKING:
@@ -28,7 +28,8 @@ SUFFIXES = {"image": ".png", "audio": ".wav"}
 def generate(
     prompt: Annotated[str | None, typer.Argument(help="What to show and let be heard.")] = None,
     output: Annotated[
-        Path | None, typer.Option("-o", "--output", help="The file to write; its suffix says how.")
+        Path | None,
+        typer.Option("-o", "--output", help="The file to write, clip.mp4 when left out; its suffix says how."),
     ] = None,
     task: Annotated[
         str | None, typer.Option(help="A task's name (see poet/tasks.py); found from what is given when left out.")
@@ -66,7 +67,8 @@ def generate(
     row = get_task(chosen)
     bundle.check_trained(chosen)
     targets = _targets(output, num_samples, row)
-    _keep_what_is_read(targets, (settings.image, settings.video, settings.audio, like))
+    if not row.writes_text:
+        keep_what_is_read(targets, (settings.image, settings.video, settings.audio, like))
     given = _read_given(settings, bundle, row)
     _check_given(settings, given, row)
     sources = settings.sources()
@@ -255,16 +257,10 @@ def _targets(output: Path | None, num_samples: int, task: Task) -> list[Path]:
         targets = [path.with_name(f"{path.stem}-{number}{path.suffix}") for number in range(1, num_samples + 1)]
     if not task.writes_text:
         for target in targets:
+            if output is None and target.exists():
+                raise ConfigError(f"{target} is there already and would be written over. Name the file with -o.")
             check_target(target, has_video=task.writes_video, has_audio=task.writes_audio)
     return targets
-
-
-def _keep_what_is_read(targets: Sequence[Path], sources: Sequence[Path | None]) -> None:
-    """Refuse to write over a file that was given: it would be lost, and the clip could not be made again."""
-    for target in targets:
-        for source in sources:
-            if source is not None and target.exists() and source.exists() and target.samefile(source):
-                raise ConfigError(f"{target} is given and would be written over. Name another file with -o.")
 
 
 def _check_given(settings: _Settings, clip: Clip | None, task: Task) -> None:

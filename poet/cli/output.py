@@ -6,11 +6,14 @@ import json
 import math
 import sys
 import time
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
+from pathlib import Path
 from typing import Any
 
-__all__ = ["Advance", "note", "progress", "show_result"]
+from poet.errors import ConfigError
+
+__all__ = ["Advance", "keep_what_is_read", "note", "progress", "show_result"]
 
 Advance = Callable[[int, int, str], None]
 """Called with (done, in all, what to say besides)."""
@@ -21,6 +24,18 @@ PLAIN_SECONDS = 10.0  # between two lines where no terminal shows a bar
 def note(message: str) -> None:
     """A line for the person who waits, on standard error."""
     print(message, file=sys.stderr, flush=True)
+
+
+def keep_what_is_read(targets: Sequence[Path], sources: Sequence[Path | None]) -> None:
+    """Refuse to write over a file that was given: it would be lost, and the result could not be made again.
+
+    Raises:
+        ConfigError: one of the targets is one of the sources.
+    """
+    for target in targets:
+        for source in sources:
+            if source is not None and target.exists() and source.exists() and target.samefile(source):
+                raise ConfigError(f"{target} is given and would be written over. Name another file with -o.")
 
 
 def show_result(result: Mapping[str, Any], as_json: bool) -> None:

@@ -27,4 +27,6 @@ done
 "$POET" encode toybox:seen --count 512 --start 100000 --model $RUN/tokenizers/export -o $RUN/shards/seen --device "$DEVICE"
 "$POET" train recipes/nano/language.yaml -o $RUN/language --device "$DEVICE" "${LANGUAGE[@]}"
 "$POET" evaluate $RUN/language/export -o $RUN/evaluation
-echo "The finished bundle is $RUN/language/export, its scores are in $RUN/evaluation."
+"$POET" evaluate $RUN/language/export --what reconstruction -o $RUN/reconstruction
+echo "The finished bundle is $RUN/language/export, its scores are in $RUN/evaluation and"
+echo "$RUN/reconstruction; recipes/nano/fill_scores.py writes them into the pages."

@@ -1,4 +1,4 @@
-"""recipes/benchmarks: command lines, the arithmetic of the comparison, and our own side on two clips.
+"""recipes: the benchmarks' command lines, their arithmetic, our own side on two clips; and the pages' tables of scores.
 
 The peers live in environments of their own, so their sides are not run here.
 """
@@ -13,19 +13,24 @@ from types import ModuleType
 import numpy as np
 import pytest
 
-BENCHMARKS = Path(__file__).resolve().parents[2] / "recipes" / "benchmarks"
+ROOT = Path(__file__).resolve().parents[2]
+BENCHMARKS = ROOT / "recipes" / "benchmarks"
 
 
-@pytest.fixture(scope="module")
-def codec() -> ModuleType:
-    name = "codec_versus_magvit2_pytorch"
-    spec = importlib.util.spec_from_file_location(name, BENCHMARKS / f"{name}.py")
+def _load(file: Path) -> ModuleType:
+    name = file.stem
+    spec = importlib.util.spec_from_file_location(name, file)
     assert spec is not None
     assert spec.loader is not None
     module = importlib.util.module_from_spec(spec)
     sys.modules[name] = module  # dataclasses look their module up
     spec.loader.exec_module(module)
     return module
+
+
+@pytest.fixture(scope="module")
+def codec() -> ModuleType:
+    return _load(BENCHMARKS / "codec_versus_magvit2_pytorch.py")
 
 
 def test_options_have_defaults_and_fewer_clips_than_one_batch_are_refused(
@@ -98,3 +103,31 @@ def test_benchmarks_can_be_skipped_by_name() -> None:
     assert done.returncode == 0, done.stderr
     assert "SKIP_CODEC" in done.stdout
     assert "SKIP_VLLM" in done.stdout
+
+
+def test_scores_go_where_the_pages_have_room_for_them_and_nowhere_else() -> None:
+    script = _load(ROOT / "recipes" / "nano" / "fill_scores.py")
+    page = "before\n<!-- scores -->\nold \\1\n<!-- end -->\nafter\n"
+    once = script.filled(page, {"scores": "new \\2", "tokenizers": "none"})
+    assert once == "before\n<!-- scores -->\nnew \\2\n<!-- end -->\nafter\n"
+    assert script.filled(once, {"scores": "new \\2"}) == once
+    with pytest.raises(SystemExit, match="must be followed by"):
+        script.filled("<!-- scores -->\n", {"scores": "new"})
+    for name in script.PAGES:
+        assert "<!-- scores -->" in (ROOT / name).read_text(encoding="utf-8"), name
+
+
+def test_shares_are_read_from_the_report_by_split() -> None:
+    script = _load(ROOT / "recipes" / "nano" / "fill_scores.py")
+    found = {"right": 3, "count": 4, "share": 0.75}
+    report = {
+        "about": {"date": "2026-11-20", "engine": "torch", "temperature": 0.9, "top_p": 1.0, "top_k": 0},
+        "summary": {"seen": {"colour": found, "sync": found}, "unseen": {"colour": {**found, "share": 0.5}}},
+        "measures": {"attributes right, seen": 0.751, "attributes right, unseen": 0.5},
+    }
+    lines = script.scores(report, "abc1234").splitlines()
+    assert "| **all attributes** | **75.1 %** | **50.0 %** |" in lines
+    assert "| colour | 75.0 % | 50.0 % |" in lines
+    assert "| picture and sound in step | 75.0 % |  |" in lines
+    assert "4 generated clips" in lines[0]
+    assert "abc1234, 2026-11-20, torch, temperature 0.9, top-p 1.0, top-k off" in lines[1]

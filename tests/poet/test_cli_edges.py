@@ -225,15 +225,44 @@ def test_like_refuses_metadata_that_was_changed(
 # ------------------------------------------------------------------------------------------------ what is given, and -o
 
 
+def test_a_file_that_nobody_named_is_not_written_over(
+    generate: Callable[..., tuple[int, str, str]], tmp_path: Path
+) -> None:
+    (tmp_path / "clip.mp4").write_text("precious")
+    code, _, err = generate("a red star")
+    assert code == 1
+    assert "clip.mp4 is there already" in err
+    assert (tmp_path / "clip.mp4").read_text() == "precious"
+
+
+def test_a_reconstruction_does_not_replace_its_source(
+    bundle: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    source = film(tmp_path / "film.mp4")
+    before = source.read_bytes()
+    assert main(["reconstruct", str(source), "-o", str(source), "--model", str(bundle)]) == 1
+    assert "would be written over" in capsys.readouterr().err
+    assert source.read_bytes() == before
+
+
+def test_a_clip_of_the_default_name_can_be_captioned(
+    generate: Callable[..., tuple[int, str, str]], tmp_path: Path
+) -> None:
+    film(tmp_path / "clip.mp4")
+    code, out, _ = generate("--video", "clip.mp4", "--task", "captioning")
+    assert code == 0
+    assert "text" in json.loads(out)
+
+
 @pytest.mark.parametrize("option", ["--video", "--like"])
 def test_a_file_that_is_given_is_not_written_over(
     generate: Callable[..., tuple[int, str, str]], option: str, tmp_path: Path
 ) -> None:
     generate("a red star", "-o", "clip.mp4")
     before = (tmp_path / "clip.mp4").read_bytes()
-    code, _, err = generate(option, "clip.mp4")
+    code, _, err = generate(option, "clip.mp4", "-o", "clip.mp4")
     assert code == 1
-    assert "written over" in err
+    assert "clip.mp4 is given and would be written over" in err
     assert (tmp_path / "clip.mp4").read_bytes() == before
 
 
