@@ -18,6 +18,7 @@ from poet.media import probe, read_clip
 
 DATA = Path(__file__).parents[1] / "data"
 RECONSTRUCTED = 48
+ATTRIBUTES = ("colour", "shape", "size", "background", "motion", "timbre", "pitch")
 
 
 @pytest.fixture(scope="module")
@@ -46,6 +47,12 @@ def test_the_shipped_bundle_is_whole_and_at_most_40_megabytes(bundle: Bundle) ->
 
 def test_the_video_codec_keeps_at_least_28_dB_on_unseen_clips(reconstruction: ReconstructionReport) -> None:
     assert reconstruction.psnr >= 28
+
+
+def test_the_codecs_keep_what_is_seen_and_heard(reconstruction: ReconstructionReport) -> None:
+    """The model card holds 98 % to 200 clips; of these 48 a little less is asked."""
+    kept = [reconstruction.agreement[name] for name in ATTRIBUTES]
+    assert sum(one.after for one in kept) >= 0.965 * sum(one.before for one in kept), reconstruction.agreement
 
 
 def test_codes_are_used_and_not_collapsed(reconstruction: ReconstructionReport) -> None:
@@ -85,7 +92,7 @@ def test_a_photograph_and_a_real_clip_go_in_and_video_with_sound_comes_out(
     capsys.readouterr()
 
 
-def test_colour_and_background_follow_the_sentence(bundle: Bundle) -> None:
+def test_what_is_seen_and_heard_follows_the_sentence(bundle: Bundle) -> None:
     """Twelve captions; the model card says how often each attribute is right in 200, measured by `poet evaluate`."""
     drawn = [draw("seen", 70_000 + number) for number in range(12)]
     defaults = bundle.generation_config
@@ -108,9 +115,11 @@ def test_colour_and_background_follow_the_sentence(bundle: Bundle) -> None:
         if result.clip
     ]
     assert len(marks) == len(drawn)
-    # By chance one colour in eight and one background in four would be right.
-    assert np.mean([mark["background"] for mark in marks]) >= 0.9
-    assert np.mean([mark["colour"] for mark in marks]) >= 0.6
+    # By chance a quarter of the backgrounds would be right, half the sizes, and an eighth to a third of the others.
+    shares = {name: np.mean([mark[name] for mark in marks if name in mark]) for name in ATTRIBUTES}
+    assert shares["background"] >= 0.9, shares
+    assert shares["colour"] >= 0.75, shares
+    assert np.mean(list(shares.values())) >= 0.75, shares
 
 
 def _changes(frames: np.ndarray) -> np.ndarray:
