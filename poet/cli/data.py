@@ -15,7 +15,13 @@ __all__ = ["encode", "reconstruct"]
 
 
 def encode(
-    source: Annotated[str, typer.Argument(help="toybox:SPLIT, a folder of clips, or a .jsonl or .csv manifest.")],
+    source: Annotated[
+        str,
+        typer.Argument(
+            help="toybox:SPLIT, a folder of clips with captions in .txt files beside them, or a .jsonl or .csv with "
+            "path and caption."
+        ),
+    ],
     output: Annotated[Path, typer.Option("-o", "--output", help="Directory of the shards; a begun one is finished.")],
     model: Annotated[Path | None, typer.Option(help="A bundle, or tokenizers and vocabulary alone.")] = None,
     count: Annotated[int | None, typer.Option(min=1, help="Clips to encode; all when left out.")] = None,
@@ -73,6 +79,8 @@ def reconstruct(
     fps: Annotated[float | None, typer.Option(help="Frames per second; the file's own when left out.")] = None,
     height: Annotated[int | None, typer.Option(help="Pixels; the file's own when left out.")] = None,
     width: Annotated[int | None, typer.Option(help="Pixels; the file's own when left out.")] = None,
+    start: Annotated[float, typer.Option(help="Seconds of the file to skip.")] = 0.0,
+    duration: Annotated[float | None, typer.Option(help="Seconds to read; the rest of the file when left out.")] = None,
     max_duration: Annotated[float, typer.Option(help="Longer files, in seconds, are refused.")] = 60.0,
     metadata: Annotated[bool, typer.Option(help="Write into the file what made it.")] = True,
     device: Annotated[str, typer.Option(help="cpu or cuda.")] = "cpu",
@@ -91,7 +99,16 @@ def reconstruct(
     parse_device(device)
     bundle = Bundle.open(default_bundle() if model is None else model, require_model=False)
     rate = bundle.vocabulary.sample_rate
-    clip = read_clip(source, fps=fps, height=height, width=width, sample_rate=rate, max_duration=max_duration)
+    clip = read_clip(
+        source,
+        fps=fps,
+        height=height,
+        width=width,
+        sample_rate=rate,
+        start=start,
+        duration=duration,
+        max_duration=max_duration,
+    )
     check_target(output, has_video=clip.frames is not None, has_audio=clip.samples is not None)
     video = bundle.load_video_tokenizer(device) if clip.frames is not None else None
     audio = bundle.load_audio_tokenizer(device) if clip.samples is not None else None

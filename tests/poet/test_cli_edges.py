@@ -245,6 +245,17 @@ def test_a_reconstruction_does_not_replace_its_source(
     assert source.read_bytes() == before
 
 
+def test_a_part_of_a_file_can_be_reconstructed(
+    bundle: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    source = film(tmp_path / "film.mp4", frames=17)
+    target = tmp_path / "part.mp4"
+    options = ["--start", "0.5", "--duration", "0.625", "--max-duration", "1"]
+    assert main(["reconstruct", str(source), "-o", str(target), "--model", str(bundle), *options]) == 0
+    capsys.readouterr()
+    assert probe(target).duration == pytest.approx(0.625, abs=0.07)
+
+
 def test_a_clip_of_the_default_name_can_be_captioned(
     generate: Callable[..., tuple[int, str, str]], tmp_path: Path
 ) -> None:
