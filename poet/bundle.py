@@ -243,9 +243,10 @@ class Bundle:
 
     @cached_property
     def weights_sha256(self) -> str:
-        """The sha256 of model.safetensors in hex: it tells two models of one vocabulary apart. Read once, when needed.
+        """A sha256 in hex that tells bundles of one vocabulary apart, by model or by decoder. Read once, when needed.
 
-        Of weights in several files it is that of all of them, one after the other in the order of their names.
+        It covers the bytes of model.safetensors (of its parts, in the order of their names), then the checksums that
+        the video and the audio tokenizer's config.json give of their weights; the fingerprint leaves decoders out.
 
         Raises:
             CheckpointError: this is a tokenizer bundle, or a file cannot be read.
@@ -266,6 +267,9 @@ class Bundle:
                 raise CheckpointError(
                     f"{file} cannot be read: {error.strerror}. Copy the bundle whole, or export it again."
                 ) from error
+        for kind in ("video", "audio"):
+            described = _read_object(self.path / f"{kind}_tokenizer" / CONFIG_FILE).get("weights", "")
+            digest.update(str(described).encode())
         return digest.hexdigest()
 
     @property

@@ -92,6 +92,7 @@ def generate(
         for number in range(num_samples)
     ]
     name = settings.engine or DEFAULT_ENGINE
+    _ = bundle.weights_sha256  # of the files that the engine is about to read
     note(f"starting {name} on {bundle.path}")
     writer = load_engine(name, bundle.path)
     try:
@@ -257,7 +258,7 @@ def _targets(output: Path | None, num_samples: int, task: Task) -> list[Path]:
         targets = [path.with_name(f"{path.stem}-{number}{path.suffix}") for number in range(1, num_samples + 1)]
     if not task.writes_text:
         for target in targets:
-            if output is None and target.exists():
+            if target != output and target.exists():
                 raise ConfigError(f"{target} is there already and would be written over. Name the file with -o.")
             check_target(target, has_video=task.writes_video, has_audio=task.writes_audio)
     return targets

@@ -84,6 +84,7 @@ def generation(
     }
     scores: dict[str, list[dict[str, bool]]] = {}
     ids, seconds = 0, 0.0
+    weights = bundle.weights_sha256  # of the files that the engine is about to read
     writer = load_engine(engine, bundle.path)
     try:
         pipeline = Pipeline(bundle, writer)
@@ -109,7 +110,7 @@ def generation(
     finally:
         writer.close()
     overall = {split: _overall(marks) for split, marks in scores.items()}
-    about = _about(bundle) | {"task": task, "engine": engine, **settings, "first seed": seed}
+    about = _about(bundle) | {"weights": weights[:12], "task": task, "engine": engine, **settings, "first seed": seed}
     results = Results(
         title=f"Clips generated for {count} captions a split",
         about=about,

@@ -132,6 +132,8 @@ class AudioTokenizerRecipe:
             self._require(name, getattr(self, name) > 0, "be above zero")
         for name in ("hard_share", "start_share", "revival_end", "learning_rate_floor"):
             self._require(name, 0 <= getattr(self, name) <= 1, "lie in [0, 1]")
+        hard = round(self.hard_share * self.batch_size)
+        self._require("hard_share", hard < self.batch_size, "leave room for clips in turn")
         hop, levels = self.codec.hop_length, self.codec.num_codebooks
         self._require("ema_decay", 0 <= self.ema_decay < 1, "lie in [0, 1)")
         self._require("num_samples", self.num_samples % hop == 0, f"be a multiple of the hop {hop}")

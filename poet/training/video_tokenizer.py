@@ -131,6 +131,8 @@ class VideoTokenizerRecipe:
         for name in ("hard_share", "l1_share", "edge_share"):
             if not 0 <= getattr(self, name) <= 1:
                 raise ConfigError(f"{name} must lie in [0, 1], got {getattr(self, name)!r}.")
+        if round(self.hard_share * self.batch_size) == self.batch_size:
+            raise ConfigError(f"hard_share must leave room for clips in turn, got {self.hard_share!r}.")
         if self.decoder_only and self.start_from is None:
             raise ConfigError(
                 "decoder_only needs start_from: a decoder cannot learn the codes of an untrained encoder."

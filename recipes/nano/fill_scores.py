@@ -73,8 +73,10 @@ def filled(page: str, blocks: dict[str, str]) -> str:
     """The page with every marked block replaced; a marker without an end is an error."""
     for name, text in blocks.items():
         marker = f"<!-- {name} -->"
-        if page.count(marker) and not re.search(f"{marker}.*?<!-- end -->", page, flags=re.DOTALL):
-            raise SystemExit(f"{marker} must be followed by <!-- end -->.")
+        for after in page.split(marker)[1:]:
+            following = re.search(r"<!-- (\w+) -->", after)
+            if following is None or following[1] != "end":
+                raise SystemExit(f"{marker} must be followed by <!-- end -->.")
         page = re.sub(
             f"{marker}.*?<!-- end -->", lambda _, t=text, m=marker: f"{m}\n{t}\n<!-- end -->", page, flags=re.DOTALL
         )

@@ -91,14 +91,32 @@ def test_a_tokenizer_bundle_opens_only_where_no_model_is_needed(tokenizers, tmp_
     assert made.trained_tasks is None
 
 
-def test_the_weights_checksum_is_the_files_and_read_once(copy):
+def _weights_sha256(bundle: Path, content: bytes) -> str:
+    codecs = (json.loads((bundle / f"{kind}_tokenizer" / "config.json").read_text()) for kind in ("video", "audio"))
+    return hashlib.sha256(content + "".join(codec["weights"] for codec in codecs).encode()).hexdigest()
+
+
+def test_the_weights_checksum_is_of_model_and_codecs_and_read_once(copy):
     bundle = Bundle.open(copy)
     assert "weights_sha256" not in vars(bundle)
-    expected = hashlib.sha256((copy / "model.safetensors").read_bytes()).hexdigest()
+    expected = _weights_sha256(copy, (copy / "model.safetensors").read_bytes())
     assert bundle.weights_sha256 == expected
     (copy / "model.safetensors").write_bytes(b"others")
     assert bundle.weights_sha256 == expected
-    assert Bundle.open(copy).weights_sha256 == hashlib.sha256(b"others").hexdigest()
+    assert Bundle.open(copy).weights_sha256 == _weights_sha256(copy, b"others")
+
+
+@pytest.mark.parametrize("kind", ["video", "audio"])
+def test_another_decoder_is_the_same_vocabulary_and_another_checksum_of_weights(kind, copy):
+    before = Bundle.open(copy)
+    first = before.weights_sha256
+    tokenizer = getattr(before, f"{kind}_tokenizer")
+    with torch.no_grad():
+        next(tokenizer.decoder.parameters()).mul_(1.5)
+    tokenizer.save(copy / f"{kind}_tokenizer")
+    after = Bundle.open(copy)
+    assert after.fingerprint == before.fingerprint
+    assert after.weights_sha256 != first
 
 
 def test_the_checksum_of_weights_in_several_files_covers_all_of_them(copy):
@@ -109,7 +127,7 @@ def test_the_checksum_of_weights_in_several_files_covers_all_of_them(copy):
     with pytest.raises(CheckpointError, match=r"model-2\.safetensors cannot be read"):
         _ = Bundle.open(copy).weights_sha256
     (copy / "model-2.safetensors").write_bytes(b"two")
-    assert Bundle.open(copy).weights_sha256 == hashlib.sha256(b"onetwo").hexdigest()
+    assert Bundle.open(copy).weights_sha256 == _weights_sha256(copy, b"onetwo")
 
 
 def test_geometry_takes_what_is_given_and_defaults_for_the_rest(whole):

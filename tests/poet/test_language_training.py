@@ -204,6 +204,25 @@ def test_a_killed_run_goes_on_to_the_last_digit(precision: str, optimizer: str, 
     assert _same(_weights(whole), _weights(resumed))
 
 
+def test_three_threads_get_the_gradients_of_one(ground: Ground) -> None:
+    found = []
+    before = torch.get_num_threads()
+    for threads in (1, 3):
+        torch.set_num_threads(threads)
+        try:
+            training = ground.training(precision="fp32", batch_size=5, gradient_clip=1e9)
+        finally:
+            torch.set_num_threads(before)
+        assert len(training.replicas.models) == threads
+        metrics = training.train_step(0)
+        found.append((metrics, {name: weight.grad for name, weight in training.model.named_parameters()}))
+    (one, gradients), (three, summed) = found
+    assert one["loss"] == pytest.approx(three["loss"], rel=1e-5)
+    assert one["gradient_norm"] == pytest.approx(three["gradient_norm"], rel=1e-4)
+    for name, gradient in gradients.items():
+        torch.testing.assert_close(gradient, summed[name], rtol=1e-3, atol=1e-6)
+
+
 def test_validation_does_not_disturb_training(ground: Ground) -> None:
     plain, measured = ground.training(), ground.training()
     for step in range(4):

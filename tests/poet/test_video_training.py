@@ -304,6 +304,7 @@ def test_code_use_counts_codes_and_the_size_of_an_even_codebook() -> None:
         {"num_steps": 0},
         {"l1_share": 1.1},
         {"hard_share": -0.1},
+        {"hard_share": 0.9},
         {"learning_rate": 0.0},
         {"validation_clips": 0},
     ],
