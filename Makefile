@@ -3,7 +3,7 @@ PYTHON ?= $(shell command -v python3.11 || echo python3)
 VENV ?= .venv
 BIN := $(VENV)/bin
 READY := $(VENV)/.ready
-PROMPT ?= a large red star bounces on a navy background with a high bell sound
+PROMPT ?= a large red star rises on a navy background with a low flute sound
 CLIP ?= demo.mp4
 TESTS ?=
 TOO_OLD := "Poet needs Python 3.11 or newer, but $(PYTHON) is older: make setup PYTHON=/path/to/a/newer/python"
