@@ -210,8 +210,10 @@ def tiny_bundle(directory: Path, *, seed: int = 0, config: dict[str, Any] | None
             torch.manual_seed(seed)
             model = PoetTransformer(shape)
             with torch.no_grad():
-                # Untrained logits are all alike; ten times the usual deviation makes greedy choices that are clear.
-                model.model.embed_tokens.weight.mul_(10)
+                # Weights as they are drawn for training give logits that are all alike and that no prompt changes.
+                for weight in model.parameters():
+                    if weight.dim() > 1:
+                        weight.normal_(std=2 * weight.shape[1] ** -0.5)
         weights = {name: tensor.contiguous() for name, tensor in model.state_dict().items()}
         return export_bundle(
             directory,

@@ -25,6 +25,7 @@ def evaluate(
     temperature: Annotated[float | None, typer.Option(help="The bundle's own when left out.")] = None,
     top_k: Annotated[int | None, typer.Option(help="The bundle's own when left out.")] = None,
     top_p: Annotated[float | None, typer.Option(help="The bundle's own when left out.")] = None,
+    guidance_scale: Annotated[float | None, typer.Option(help="The bundle's own when left out; 1 is off.")] = None,
     engine: Annotated[str, typer.Option(help="vllm, or torch (the reference).")] = "vllm",
     json: Annotated[bool, typer.Option("--json", help="Print the result as one JSON object.")] = False,
 ) -> None:
@@ -39,7 +40,12 @@ def evaluate(
         with progress("reconstructing clips") as advance:
             results = reconstruction(bundle, split, count, start, output, progress=advance)
     else:
-        sampling = {"temperature": temperature, "top_k": top_k, "top_p": top_p}
+        sampling = {
+            "temperature": temperature,
+            "top_k": top_k,
+            "top_p": top_p,
+            "guidance_scale": guidance_scale,
+        }
         with progress("evaluating") as advance:
             results = generation(
                 bundle,

@@ -22,6 +22,7 @@ __all__ = ["generate"]
 
 DEFAULT_ENGINE = "vllm"
 GIVEN = ("image", "video", "audio")
+SAMPLING = ("temperature", "top_k", "top_p", "guidance_scale")
 SUFFIXES = {"image": ".png", "audio": ".wav"}
 
 
@@ -42,6 +43,10 @@ def generate(
     temperature: Annotated[float | None, typer.Option(help="0 takes the likeliest id.")] = None,
     top_k: Annotated[int | None, typer.Option(help="Draw from so many of the likeliest ids; 0 is all.")] = None,
     top_p: Annotated[float | None, typer.Option(help="Draw from the likeliest ids of this total probability.")] = None,
+    guidance_scale: Annotated[
+        float | None, typer.Option(help="How closely to follow the prompt; 1 asks the model once an id, others twice.")
+    ] = None,
+    negative_prompt: Annotated[str | None, typer.Option(help="What guidance shall move the clip away from.")] = None,
     engine: Annotated[str | None, typer.Option(help="vllm (the default), or torch (the reference).")] = None,
     num_samples: Annotated[int, typer.Option(min=1, help="Clips to write, with seeds counted up.")] = 1,
     like: Annotated[
@@ -58,7 +63,22 @@ def generate(
     from poet.tasks import get_task
 
     bundle = Bundle.open(default_bundle() if model is None else model)
-    settings = _Settings.of(prompt, task, image, video, audio, seed, temperature, top_k, top_p, engine)
+    settings = _Settings(
+        prompt=prompt,
+        negative_prompt=negative_prompt,
+        task=task,
+        image=image,
+        video=video,
+        audio=audio,
+        seed=seed,
+        temperature=temperature,
+        top_k=top_k,
+        top_p=top_p,
+        guidance_scale=guidance_scale,
+        engine=engine,
+    )
+    if image is not None and video is not None:
+        raise ConfigError("give --image or --video, not both: either one is what the clip goes on from.")
     expected_ids = None
     if like is not None:
         settings, expected_ids = _settings_like(like, settings, bundle)
@@ -76,18 +96,16 @@ def generate(
     from poet.generation.pipeline import ClipRequest, Pipeline
     from poet.generation.sampling import SamplingConfig
 
+    asked = {name: getattr(settings, name) for name in SAMPLING}
+    sampling = {name: getattr(defaults, name) if value is None else value for name, value in asked.items()}
     first_seed = settings.seed if settings.seed is not None else _new_seed()
     requests = [
         ClipRequest(
             task=chosen,
             text=settings.prompt,
             clip=given,
-            sampling=SamplingConfig(
-                temperature=defaults.temperature if settings.temperature is None else settings.temperature,
-                top_k=defaults.top_k if settings.top_k is None else settings.top_k,
-                top_p=defaults.top_p if settings.top_p is None else settings.top_p,
-                seed=first_seed + number,
-            ),
+            negative_text=settings.negative_prompt,
+            sampling=SamplingConfig(**sampling, seed=first_seed + number),
         )
         for number in range(num_samples)
     ]
@@ -120,9 +138,10 @@ def generate(
     show_result({**result, "timing": timing}, json)
 
 
-@dataclasses.dataclass(frozen=True)
+@dataclasses.dataclass(frozen=True, kw_only=True)
 class _Settings:
     prompt: str | None
+    negative_prompt: str | None
     task: str | None
     image: Path | None
     video: Path | None
@@ -131,14 +150,8 @@ class _Settings:
     temperature: float | None
     top_k: int | None
     top_p: float | None
+    guidance_scale: float | None
     engine: str | None
-
-    @classmethod
-    def of(cls, *values: Any) -> _Settings:
-        settings = cls(*values)
-        if settings.image is not None and settings.video is not None:
-            raise ConfigError("give --image or --video, not both: either one is what the clip goes on from.")
-        return settings
 
     def sources(self) -> dict[str, str]:
         """The files that were given, as they are known again anywhere: by name and content, not by path."""
@@ -167,6 +180,7 @@ def _settings_like(path: Path, asked: _Settings, bundle: Bundle) -> tuple[_Setti
     try:
         made = _Settings(
             prompt=facts.get("prompt"),
+            negative_prompt=facts.get("negative_prompt"),
             task=facts["task"],
             image=None,
             video=None,
@@ -175,6 +189,7 @@ def _settings_like(path: Path, asked: _Settings, bundle: Bundle) -> tuple[_Setti
             temperature=float(facts["temperature"]),
             top_k=int(facts["top_k"]),
             top_p=float(facts["top_p"]),
+            guidance_scale=float(facts.get("guidance_scale", 1)),  # not said before there was guidance
             engine=facts["engine"],
         )
         given = {

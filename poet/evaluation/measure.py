@@ -59,7 +59,7 @@ def generation(
         task: its name; tasks that go on from a clip are given the drawn one.
         seed: of the first clip; counted up.
         engine: its name.
-        sampling: temperature, top_k and top_p; None takes the bundle's own.
+        sampling: temperature, top_k, top_p and guidance_scale; None takes the bundle's own.
         progress: called with (done, in all, what is done).
 
     Returns:

@@ -1,9 +1,10 @@
 """Writing outputs one id after another with the reference transformer.
 
 The rows of a batch are padded on the left, so that all prefixes end at one column and all outputs advance together.
+A guided output has a second row, which starts from the prefix to move away from and is told the same ids.
 It knows ids and grammars; it does not know codes, tasks, bundles or other engines.
 
-Legend: B rows, P columns of the longest prefix, L columns computed in one step.
+Legend: B rows, guides' included, P columns of the longest prefix, L columns computed in one step.
 """
 
 from collections.abc import Callable, Sequence
@@ -12,7 +13,7 @@ import torch
 from torch import Tensor
 
 from poet.errors import ShapeError
-from poet.generation.sampling import SamplingConfig, build_generator, sample
+from poet.generation.sampling import SamplingConfig, build_generator, guide, sample
 from poet.grammar import Grammar, GrammarState, max_output_length
 from poet.model.attention import SceneLayout
 from poet.model.transformer import KeyValueCache, PoetTransformer
@@ -29,6 +30,7 @@ def write_outputs(
     prefixes: Sequence[Sequence[int]],
     grammars: Sequence[Grammar],
     configs: Sequence[SamplingConfig],
+    guides: Sequence[Sequence[int] | None] | None = None,
     progress: Callable[[int], None] | None = None,
 ) -> list[list[int]]:
     """Write the output of each prefix, all rows in one batch.
@@ -39,22 +41,28 @@ def write_outputs(
     Args:
         model: in evaluation mode.
         prefixes: at least one id each, in [0, vocab_size).
-        grammars: what each row may write.
-        configs: how each row draws.
-        progress: called after every column with the number of ids written so far in all rows.
+        grammars: what each output may be.
+        configs: how each output draws, and how far it is moved away from its guide.
+        guides: of each output the prefix that guidance moves it away from, or None; None guides none.
+        progress: called after every column with the number of ids written so far in all outputs.
 
     Returns:
-        The output ids of each row, complete in its grammar.
+        The output ids of each prefix, complete in its grammar.
 
     Raises:
-        ShapeError: there is no row, or a prefix is empty.
+        ShapeError: there is no prefix, or an empty one.
     """
+    guides = [None] * len(prefixes) if guides is None else guides
+    steering = [ids for ids in guides if ids is not None]
+    guided_rows = [row for row, ids in enumerate(guides) if ids is not None]
+    guide_rows = {row: len(prefixes) + place for place, row in enumerate(guided_rows)}
+    prefixes = [*prefixes, *steering]
     if not prefixes or not all(prefixes):
         raise ShapeError(f"there must be one prefix or more of one id or more, got {[len(ids) for ids in prefixes]}.")
     device, dtype = model.model.norm.weight.device, model.model.norm.weight.dtype
     states = [GrammarState(grammar) for grammar in grammars]
     generators = [build_generator(config) for config in configs]
-    outputs: list[list[int]] = [[] for _ in prefixes]
+    outputs: list[list[int]] = [[] for _ in states]
     columns = _left_padded(prefixes)
     max_len = columns.shape[1] + max(map(max_output_length, grammars))
     layout = _layout(prefixes, max_len, device)
@@ -66,8 +74,15 @@ def write_outputs(
         if choosing:
             stop = cache.length + columns.shape[1]
             hidden = model(columns.to(device), layout, positions[:, cache.length : stop], cache)
+            logits = model.logits(hidden[choosing, -1])
+            guided = [place for place, row in enumerate(choosing) if row in guide_rows]
+            if guided:
+                steered_from = model.logits(hidden[[guide_rows[choosing[place]] for place in guided], -1])
+                scales = [configs[choosing[place]].guidance_scale for place in guided]
+                logits = logits.float()
+                logits[guided] = guide(logits[guided], steered_from, scales)
             drawn = sample(
-                model.logits(hidden[choosing, -1]),
+                logits,
                 [states[row].allowed for row in choosing],
                 [configs[row] for row in choosing],
                 [generators[row] for row in choosing],
@@ -79,6 +94,7 @@ def write_outputs(
             if not state.done:
                 state.advance(id)
                 output.append(id)
+        column += [column[row] for row in guide_rows]
         columns = torch.cat((columns, torch.tensor(column)[:, None]), 1)
         if progress is not None:
             progress(sum(map(len, outputs)))

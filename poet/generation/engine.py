@@ -34,11 +34,19 @@ class GenerationRequest:
         prefix_ids: what the model is given, from <bos> on.
         grammar: what the output may be.
         sampling: how its ids are drawn.
+        guide_ids: the prefix that guidance moves the output away from: the same without its text, or with the text of
+            what is not wanted. None: there is nothing to move away from, and no guidance.
     """
 
     prefix_ids: tuple[int, ...]
     grammar: Grammar
     sampling: SamplingConfig
+    guide_ids: tuple[int, ...] | None = None
+
+    @property
+    def guided(self) -> bool:
+        """Whether the model is asked twice for every id; at a scale of 1 it is not."""
+        return self.guide_ids is not None and self.sampling.guidance_scale != 1
 
 
 @runtime_checkable
@@ -80,26 +88,31 @@ def check_request(request: GenerationRequest, config: PoetConfig, *, index: int 
     Raises:
         ConfigError: an id outside the vocabulary, or more ids than a scene holds.
     """
-    prefix = request.prefix_ids
-    if not prefix:
-        raise ConfigError(f"request {index}: the prefix must have at least one id, got none.")
-    if min(prefix) < 0 or max(prefix) >= config.vocab_size:
-        raise ConfigError(
-            f"request {index}: prefix ids must be in [0, {config.vocab_size}), got {min(prefix)} to {max(prefix)}. "
-            "Pack the prefix with the bundle's own vocabulary."
-        )
+    for prefix in _prefixes(request):
+        if not prefix:
+            raise ConfigError(f"request {index}: the prefix must have at least one id, got none.")
+        if min(prefix) < 0 or max(prefix) >= config.vocab_size:
+            raise ConfigError(
+                f"request {index}: prefix ids must be in [0, {config.vocab_size}), got {min(prefix)} to {max(prefix)}. "
+                "Pack the prefix with the bundle's own vocabulary."
+            )
     for segment in request.grammar:
         if max(segment.high - 1, segment.low if segment.stop is None else segment.stop) >= config.vocab_size:
             raise ConfigError(
                 f"request {index}: the grammar's ids must be in [0, {config.vocab_size}), got {segment}. "
                 "Make the grammar with the bundle's own vocabulary."
             )
-    longest = max_output_length(request.grammar)
-    if len(prefix) + longest > config.scene_length:
+    longest, given = max_output_length(request.grammar), max(map(len, _prefixes(request)))
+    if given + longest > config.scene_length:
         raise ConfigError(
             f"request {index}: prefix and output must be at most {config.scene_length} ids together, got "
-            f"{len(prefix)} + {longest}. Ask for a shorter clip or a shorter text."
+            f"{given} + {longest}. Ask for a shorter clip or a shorter text."
         )
+
+
+def _prefixes(request: GenerationRequest) -> list[tuple[int, ...]]:
+    """What the model is asked with: one prefix, or two under guidance."""
+    return [request.prefix_ids] if request.guide_ids is None else [request.prefix_ids, request.guide_ids]
 
 
 class TorchEngine:
@@ -109,7 +122,7 @@ class TorchEngine:
         bundle_dir: directory with config.json and model.safetensors.
         device: "cpu", "cuda", "cuda:1", ...
         dtype: "float32" or "bfloat16".
-        max_batch_size: requests that are written at once; those of like length go together.
+        max_batch_size: requests that are written at once, guided ones counted once; those of like length go together.
 
     Raises:
         CheckpointError: the directory holds no sound model.
@@ -148,6 +161,7 @@ class TorchEngine:
                 [requests[index].prefix_ids for index in batch],
                 [requests[index].grammar for index in batch],
                 [requests[index].sampling for index in batch],
+                [requests[index].guide_ids if requests[index].guided else None for index in batch],
                 None if progress is None else _counting_from(before, total, progress),
             )
             for index, output in zip(batch, written, strict=True):

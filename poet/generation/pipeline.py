@@ -44,12 +44,15 @@ class ClipRequest:
         text: the prompt, where the task reads one; None gives none.
         clip: the conditioning clip, at the bundle's frame rate, size and sample rate: a single frame for an image, the
             frames to go on from for a continuation, samples for a sound. None gives none.
-        sampling: how ids are drawn; without a seed a new one is drawn and recorded.
+        negative_text: what the clip shall not be like, in place of no text at all in guidance; a prompt must be there.
+        sampling: how ids are drawn; without a seed a new one is drawn and recorded. Its guidance moves away from the
+            same request without its text, so it does nothing where there is no text.
     """
 
     task: str
     text: str | None = None
     clip: Clip | None = None
+    negative_text: str | None = None
     sampling: SamplingConfig = dataclasses.field(default_factory=SamplingConfig)
 
 
@@ -165,6 +168,7 @@ class Pipeline:
             resolution=self.geometry.resolution if sees_video else None,
         )
         prefix = pack_prefix(scene, self.bundle.vocabulary)
+        guide = self._guide(request, scene)
         room = self.bundle.model_config.scene_length - len(prefix) - _TEXT_MARKERS
         grammar = output_grammar(
             task,
@@ -179,9 +183,24 @@ class Pipeline:
             parts=parts,
             num_given=num_given,
             generation=GenerationRequest(
-                prefix_ids=tuple(int(value) for value in prefix), grammar=grammar, sampling=request.sampling
+                prefix_ids=tuple(prefix.tolist()), grammar=grammar, sampling=request.sampling, guide_ids=guide
             ),
         )
+
+    def _guide(self, request: ClipRequest, scene: Scene) -> tuple[int, ...] | None:
+        """The prefix that guidance moves away from: without the text, or with the negative one; None without a text."""
+        if request.negative_text is not None:
+            if scene.text is None:
+                raise ConfigError("a negative prompt must come with a prompt, got none: it takes the place of no text.")
+            if request.sampling.guidance_scale == 1:
+                raise ConfigError(
+                    "a negative prompt must come with a guidance_scale other than 1, which is off; 2 or 3 is usual."
+                )
+            scene = dataclasses.replace(scene, text=self._encode_text(request.negative_text))
+            return tuple(pack_prefix(scene, self.bundle.vocabulary).tolist())
+        if not scene.text:
+            return None
+        return tuple(pack_prefix(scene, self.bundle.vocabulary, drop_text=True).tolist())
 
     def _encode_text(self, text: str) -> tuple[int, ...]:
         if len(text) > MAX_TEXT_CHARACTERS:
@@ -302,6 +321,8 @@ class Pipeline:
         sampling = request.sampling
         # No text is not the same as an empty one: made again, they give other ids.
         prompt = {} if request.text is None else {"prompt": request.text}
+        if request.negative_text is not None:
+            prompt["negative_prompt"] = request.negative_text
         return {
             "generator": f"Poet {__version__}",
             "machine_made": "yes",
@@ -315,6 +336,7 @@ class Pipeline:
             "temperature": repr(sampling.temperature),
             "top_k": str(sampling.top_k),
             "top_p": repr(sampling.top_p),
+            "guidance_scale": repr(float(sampling.guidance_scale)),
             "ids_sha256": hash_ids(ids),
         }
 

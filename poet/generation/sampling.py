@@ -13,7 +13,7 @@ from torch import Tensor
 from poet.errors import CheckpointError, ConfigError
 from poet.grammar import Allowed
 
-__all__ = ["SamplingConfig", "build_generator", "fold_seed", "sample"]
+__all__ = ["SamplingConfig", "build_generator", "fold_seed", "guide", "sample"]
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -25,6 +25,8 @@ class SamplingConfig:
         top_k: draw only from so many of the likeliest ids (ties with the last of them stay); 0 is all.
         top_p: draw only from the likeliest ids whose probabilities first reach this sum; 1 is all.
         seed: of this row's draws; None takes a new one every time.
+        guidance_scale: how far the logits are moved away from those of a second prefix, mostly the same one without its
+            text: second + scale * (first - second). 1 is off.
 
     Raises:
         ConfigError: a value out of its range.
@@ -34,6 +36,7 @@ class SamplingConfig:
     top_k: int = 0
     top_p: float = 1.0
     seed: int | None = None
+    guidance_scale: float = 1.0
 
     def __post_init__(self) -> None:
         if not _is_number(self.temperature) or self.temperature < 0:
@@ -44,6 +47,8 @@ class SamplingConfig:
             raise ConfigError(f"top_p must be a number in (0, 1] (1 is all), got {self.top_p!r}.")
         if self.seed is not None and (not _is_whole(self.seed) or not 0 <= self.seed < 2**63):
             raise ConfigError(f"seed must be a whole number in [0, 2^63), or none for a new one, got {self.seed!r}.")
+        if not _is_number(self.guidance_scale) or self.guidance_scale < 0:
+            raise ConfigError(f"guidance_scale must be a number of at least 0 (1 is off), got {self.guidance_scale!r}.")
 
     @property
     def greedy(self) -> bool:
@@ -64,6 +69,25 @@ def build_generator(config: SamplingConfig) -> torch.Generator:
 def fold_seed(seed: int) -> int:
     """Bring a seed of 63 bits into 32: PyTorch's CPU generator ignores the rest. Small seeds stay as they are."""
     return (seed ^ (seed >> 32) * 0x9E3779B1) & 0xFFFFFFFF
+
+
+def guide(logits: Tensor, steered_from: Tensor, scales: Sequence[float]) -> Tensor:
+    """Classifier-free guidance: move logits away from those of another prefix.
+
+    Args:
+        logits: (B, V) of any floating dtype, for the prefix that is asked for.
+        steered_from: (B, V), for the prefix to move away from.
+        scales: of each row; 1 leaves `logits` as they are, up to rounding.
+
+    Returns:
+        (B, V) float32.
+
+    Source: Ho and Salimans, arXiv:2207.12598, section 3.2, there on scores and with w = scale - 1; VideoPoet,
+    arXiv:2312.14125, on logits.
+    """
+    first, second = logits.float(), steered_from.float()
+    scale = torch.tensor(scales, dtype=torch.float32, device=logits.device)[:, None]
+    return second + scale * (first - second)
 
 
 def sample(

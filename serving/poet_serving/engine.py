@@ -9,12 +9,14 @@ behind at Ctrl-C. This module knows ids and grammars; codes, clips and files bel
 """
 
 import contextlib
+import copy
 import gc
 import json
 import logging
 import os
 import random
 import secrets
+import uuid
 import warnings
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
@@ -57,7 +59,7 @@ class VLLMEngine:
         bundle_dir: Directory with `config.json` and `model.safetensors`.
         dtype: "float32" (greedy ids are the torch engine's, one for one), "bfloat16" (twice as fast where the processor
             multiplies in it; ids may differ where two are nearly as likely), or "auto": bfloat16 on such processors.
-        max_num_seqs: Requests that are written at once; the others wait for their turn.
+        max_num_seqs: Requests that are written at once, guided ones counted twice; the others wait for their turn.
         num_cache_blocks: Pages of `BLOCK_SIZE` ids in the cache; None: enough that `max_num_seqs` requests of full
             length fit and none is ever preempted.
         num_threads: Threads of a step; None: one for a model of less than `SMALL_MODEL` parameters, else as many as
@@ -98,6 +100,8 @@ class VLLMEngine:
             raise ConfigError(
                 f"num_cache_blocks must be at least {blocks_each + 1}, so that the longest request fits, got {blocks}."
             )
+        self._pair_blocks = 1 + 2 * blocks_each
+        self._takes_pairs = max_num_seqs > 1 and blocks >= self._pair_blocks
         if VLLMEngine._running:
             raise ConfigError("a process must run one vLLM engine at a time. Close the other one first.")
         arguments = {
@@ -105,7 +109,7 @@ class VLLMEngine:
             "dtype": dtype,
             "max_num_seqs": max_num_seqs,
             "max_model_len": longest,
-            "max_num_batched_tokens": max(longest, 2048),
+            "max_num_batched_tokens": max(2 * longest, 2048),  # a guided request is read together with its guide
             "block_size": BLOCK_SIZE,
             "num_gpu_blocks_override": blocks,
             "kv_cache_memory_bytes": blocks * self._block_bytes(dtype),
@@ -147,18 +151,24 @@ class VLLMEngine:
             raise ConfigError("the engine must be open to generate; it was closed.")
         parameters = [self._parameters(index, request) for index, request in enumerate(requests)]
         outputs: dict[str, list[int]] = {str(index): [] for index in range(len(requests))}
+        guides: dict[str, list[int]] = {f"{index}-guide": [] for index, one in enumerate(requests) if one.guided}
         longest = {name: max_output_length(request.grammar) for name, request in zip(outputs, requests, strict=True)}
         done, total = 0, sum(longest.values())
         started: list[str] = []
         threads_before = torch.get_num_threads()
         torch.set_num_threads(self._num_threads or threads_before)
         try:
-            for request_id, request, parameter in zip(outputs, requests, parameters, strict=True):
-                prompt = {"prompt_token_ids": list(request.prefix_ids)}
-                started.append(self._vllm.add_request(request_id, prompt, parameter))
+            for name, request, parameter in zip(outputs, requests, parameters, strict=True):
+                for request_id, prefix, one in self._halves(name, request, parameter):
+                    prompt = {"prompt_token_ids": list(prefix)}
+                    started.append(self._vllm.add_request(request_id, prompt, one))
             while self._vllm.has_unfinished_requests():
                 for change in self._vllm.step():
-                    output, new = outputs[change.request_id], change.outputs[0].token_ids
+                    new = change.outputs[0].token_ids
+                    if change.request_id in guides:
+                        guides[change.request_id] += new
+                        continue
+                    output = outputs[change.request_id]
                     output += new
                     # A text that ended early counts as written in full.
                     done += len(new) + (longest[change.request_id] - len(output) if change.finished else 0)
@@ -168,7 +178,26 @@ class VLLMEngine:
             torch.set_num_threads(threads_before)
             if self._vllm.has_unfinished_requests():  # Ctrl-C, or progress() raised: the engine stays usable
                 self._vllm.abort_request(started, internal=True)
+        for name, ids in guides.items():
+            if ids != outputs[name.removesuffix("-guide")]:
+                raise PoetError(f"a guided request and its guide must write the same ids, request {name} did not.")
         return list(outputs.values())
+
+    def _halves(
+        self, name: str, request: GenerationRequest, parameter: Any
+    ) -> Iterator[tuple[str, Sequence[int], Any]]:
+        """What vLLM is asked for a request, each with its id and prompt: itself, and its guide where it has one."""
+        if not request.guided or request.guide_ids is None:
+            yield name, request.prefix_ids, parameter
+            return
+        from poet_serving.guidance import Half, guidance_arguments
+
+        pair = uuid.uuid4().hex
+        for suffix, prefix in (("", request.prefix_ids), ("-guide", request.guide_ids)):
+            half = Half(pair, is_guide=bool(suffix), scale=float(request.sampling.guidance_scale))
+            own = copy.copy(parameter)
+            own.extra_args = parameter.extra_args | guidance_arguments(half)
+            yield name + suffix, prefix, own
 
     def _parameters(self, index: int, request: GenerationRequest) -> Any:
         """Translate a request, or refuse it."""
@@ -178,6 +207,11 @@ class VLLMEngine:
         from poet_serving.grammar import grammar_arguments
 
         check_request(request, self._config, index=index)
+        if request.guided and not self._takes_pairs:
+            raise ConfigError(
+                f"request {index}: guidance writes two requests at once, for which max_num_seqs must be at least 2 and "
+                f"num_cache_blocks at least {self._pair_blocks}. Start the engine with more, or set guidance_scale 1."
+            )
         sampling = request.sampling
         return SamplingParams(
             temperature=sampling.temperature,
@@ -263,7 +297,9 @@ def _start(arguments: dict[str, Any]) -> Any:
             ) from error
         from poet_serving.attention import PROMPT_LENGTHS_KEY
         from poet_serving.grammar import GrammarLogitsProcessor
+        from poet_serving.guidance import GuidanceLogitsProcessor
         from poet_serving.plugin import ARCHITECTURE, register
+        from poet_serving.scheduler import PairScheduler
         from poet_serving.vllm_model import PoetForCausalLM
 
         # As a class: named by a string, it would be imported in a process of its own first, to be inspected.
@@ -272,7 +308,8 @@ def _start(arguments: dict[str, Any]) -> Any:
         engine_arguments = EngineArgs(
             **arguments,
             hf_overrides={PROMPT_LENGTHS_KEY: 1},
-            logits_processors=[GrammarLogitsProcessor],
+            logits_processors=[GuidanceLogitsProcessor, GrammarLogitsProcessor],  # in this order
+            scheduler_cls=PairScheduler,
             enable_prefix_caching=False,
             enable_chunked_prefill=False,
             skip_tokenizer_init=True,

@@ -4,6 +4,7 @@ The reference is asked once for every output: given the prefix and all ids that 
 at each place? If that is the written id everywhere, writing id by id would have given the same output.
 """
 
+import dataclasses
 import json
 from collections.abc import Sequence
 from pathlib import Path
@@ -14,7 +15,7 @@ import pytest
 import torch
 from safetensors.torch import save_file
 
-from poet.generation.engine import GenerationRequest
+from poet.generation.engine import GenerationRequest, TorchEngine
 from poet.generation.sampling import SamplingConfig
 from poet.grammar import GrammarState, check_output, max_output_length
 from poet.model.attention import SceneLayout
@@ -80,7 +81,28 @@ def requests_of_every_task() -> list[GenerationRequest]:
     return requests
 
 
+def guided(request: GenerationRequest, number: int) -> GenerationRequest:
+    """The same with a guide: its text replaced by <null>, or, every third, another prefix of another length."""
+    low, high = VOCABULARY.text_range
+    null = VOCABULARY.special("<null>")
+    guide = [null if low <= id < high else id for id in request.prefix_ids]
+    if number % 3 == 0 or guide == list(request.prefix_ids):
+        guide = [*guide[:1], *(low + (7 * place + number) % (high - low) for place in range(5 + number)), *guide[1:]]
+    scale = (1.5, 2.0, 3.0, 0.0)[number % 4]
+    sampling = dataclasses.replace(request.sampling, guidance_scale=scale)
+    return dataclasses.replace(request, guide_ids=tuple(guide), sampling=sampling)
+
+
 REQUESTS = requests_of_every_task()
+GUIDED = [guided(request, number) for number, request in enumerate(REQUESTS)]
+MIXED = [*GUIDED, *REQUESTS[:3]]
+
+
+def logits_of(model: PoetTransformer, prefix: Sequence[int], output: Sequence[int], prefix_len: int) -> torch.Tensor:
+    """(places of the output, vocabulary) from one pass over prefix and output."""
+    ids = torch.tensor([[*prefix, *output]])
+    layout = SceneLayout.from_prefix_lengths(torch.tensor([prefix_len]), torch.tensor([ids.shape[1]]), ids.shape[1])
+    return model.logits(model(ids, layout))[0, len(prefix) - 1 : -1]
 
 
 @torch.inference_mode()
@@ -88,9 +110,10 @@ def likeliest(
     model: PoetTransformer, request: GenerationRequest, output: Sequence[int], prefix_len: int
 ) -> tuple[list[int], float]:
     """The legal id with the largest logit at every place of the output, and the smallest lead over the second."""
-    ids = torch.tensor([[*request.prefix_ids, *output]])
-    layout = SceneLayout.from_prefix_lengths(torch.tensor([prefix_len]), torch.tensor([ids.shape[1]]), ids.shape[1])
-    logits = model.logits(model(ids, layout))[0, len(request.prefix_ids) - 1 : -1]
+    logits = logits_of(model, request.prefix_ids, output, prefix_len)
+    if request.guide_ids is not None:
+        steered_from = logits_of(model, request.guide_ids, output, len(request.guide_ids))
+        logits = steered_from + request.sampling.guidance_scale * (logits - steered_from)
     legal = torch.zeros_like(logits, dtype=torch.bool)
     state = GrammarState(request.grammar)
     for place, written in enumerate(output):
@@ -124,16 +147,40 @@ def preempted(bundle: Path) -> tuple[list[list[int]], list[str]]:
     """Seven requests at a time in a cache for two of the longest; also the names of those that were preempted."""
     blocks = 1 + 2 * (CONFIG.scene_length // BLOCK_SIZE)
     with VLLMEngine(bundle, dtype="float32", max_num_seqs=7, num_cache_blocks=blocks) as engine:
-        scheduler = engine._vllm.engine_core.engine_core.scheduler
-        preempt, names = scheduler._preempt_request, []
-
-        def counted(request: Any, *arguments: Any, **keywords: Any) -> Any:
-            if request.num_output_tokens:
-                names.append(request.request_id)
-            return preempt(request, *arguments, **keywords)
-
-        scheduler._preempt_request = counted
+        names = count_preemptions(engine)
         return engine.generate(REQUESTS), names
+
+
+def count_preemptions(engine: VLLMEngine) -> list[str]:
+    """A list that will hold the name of every request that is preempted after it has begun to write."""
+    scheduler = engine._vllm.engine_core.engine_core.scheduler
+    preempt, names = scheduler._preempt_request, []
+
+    def counted(request: Any, *arguments: Any, **keywords: Any) -> Any:
+        if request.num_output_tokens:
+            names.append(request.request_id)
+        return preempt(request, *arguments, **keywords)
+
+    scheduler._preempt_request = counted
+    return names
+
+
+@pytest.fixture(scope="module")
+def guided_outputs(bundle: Path) -> tuple[list[list[int]], list[list[int]]]:
+    """Guided requests and three others: 34 halves at once, and in 7 slots, of which no pair can take the last alone."""
+    with VLLMEngine(bundle, dtype="float32", max_num_seqs=2 * len(GUIDED)) as engine:
+        together = engine.generate(MIXED)
+    with VLLMEngine(bundle, dtype="float32", max_num_seqs=7) as engine:
+        return together, engine.generate(MIXED)
+
+
+@pytest.fixture(scope="module")
+def guided_preempted(bundle: Path) -> tuple[list[list[int]], list[str]]:
+    """Seven slots in a cache for one pair of the longest; also the names of the requests that were preempted."""
+    blocks = 1 + 2 * (CONFIG.scene_length // BLOCK_SIZE)
+    with VLLMEngine(bundle, dtype="float32", max_num_seqs=7, num_cache_blocks=blocks) as engine:
+        names = count_preemptions(engine)
+        return engine.generate(MIXED), names
 
 
 def test_requests_differ_in_task_and_length() -> None:
@@ -184,3 +231,59 @@ def test_preempted_requests_write_the_same_ids(
     again, names = preempted
     assert len(set(names)) >= 3, "the cache was too large to force preemption"
     assert again == outputs
+
+
+@pytest.mark.parametrize("index", range(len(MIXED)))
+def test_guided_ids_equal_those_of_the_reference(
+    model: PoetTransformer, guided_outputs: tuple[list[list[int]], list[list[int]]], index: int
+) -> None:
+    request, output = MIXED[index], guided_outputs[0][index]
+    check_output(request.grammar, output)
+    ids, lead = likeliest(model, request, output, len(request.prefix_ids))
+    assert ids == output
+    assert lead > 1e-5
+
+
+def test_guidance_changes_what_is_written(
+    outputs: list[list[int]], guided_outputs: tuple[list[list[int]], list[list[int]]]
+) -> None:
+    assert not any(one == other for one, other in zip(outputs, guided_outputs[0], strict=False))
+
+
+def test_unguided_requests_write_the_same_ids_beside_guided_ones(
+    outputs: list[list[int]], guided_outputs: tuple[list[list[int]], list[list[int]]]
+) -> None:
+    assert guided_outputs[0][len(GUIDED) :] == outputs[:3]
+
+
+def test_pairs_in_an_odd_number_of_slots_write_the_same_ids(
+    guided_outputs: tuple[list[list[int]], list[list[int]]],
+) -> None:
+    together, in_seven_slots = guided_outputs
+    assert in_seven_slots == together
+
+
+def test_preempted_pairs_write_the_same_ids(
+    guided_outputs: tuple[list[list[int]], list[list[int]]], guided_preempted: tuple[list[list[int]], list[str]]
+) -> None:
+    again, names = guided_preempted
+    assert sum("guide" in name for name in names) >= 3, "the cache was too large to force preemption"
+    assert again == guided_outputs[0]
+
+
+def test_a_scale_of_1_writes_what_no_guidance_does(outputs: list[list[int]], bundle: Path) -> None:
+    unguided = [
+        dataclasses.replace(request, sampling=dataclasses.replace(request.sampling, guidance_scale=1.0))
+        for request in GUIDED
+    ]
+    with VLLMEngine(bundle, dtype="float32", max_num_seqs=len(REQUESTS)) as engine:
+        assert engine.generate(unguided) == outputs
+    with TorchEngine(bundle) as torch_engine:
+        assert torch_engine.generate(unguided[:3]) == torch_engine.generate(REQUESTS[:3])
+
+
+def test_the_torch_engine_writes_the_same_guided_ids(
+    bundle: Path, guided_outputs: tuple[list[list[int]], list[list[int]]]
+) -> None:
+    with TorchEngine(bundle) as engine:
+        assert engine.generate(MIXED) == guided_outputs[0]

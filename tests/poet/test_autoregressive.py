@@ -1,5 +1,6 @@
 """The torch engine and its loop: cached, batched and padded, against one row at a time without a cache."""
 
+import dataclasses
 import json
 import sys
 from collections.abc import Sequence
@@ -78,11 +79,19 @@ def requests_of_every_task(sampling: SamplingConfig | None = None) -> list[Gener
 @torch.inference_mode()
 def likeliest(model: PoetTransformer, request: GenerationRequest, output: Sequence[int]) -> list[int]:
     """The legal id of the largest logit at every place of the output: one pass, one row, no cache, no padding."""
-    ids = torch.tensor([[*request.prefix_ids, *output]])
-    lengths = torch.tensor([len(request.prefix_ids)]), torch.tensor([ids.shape[1]])
-    logits = model.logits(model(ids, SceneLayout.from_prefix_lengths(*lengths, ids.shape[1])))
+
+    def logits_after(prefix: Sequence[int]) -> torch.Tensor:
+        ids = torch.tensor([[*prefix, *output]])
+        lengths = torch.tensor([len(prefix)]), torch.tensor([ids.shape[1]])
+        logits = model.logits(model(ids, SceneLayout.from_prefix_lengths(*lengths, ids.shape[1])))
+        return logits[0, len(prefix) - 1 :]
+
+    logits = logits_after(request.prefix_ids)
+    if request.guide_ids is not None:
+        steered_from = logits_after(request.guide_ids)
+        logits = steered_from + request.sampling.guidance_scale * (logits - steered_from)
     state, best = GrammarState(request.grammar), []
-    for scores, id in zip(logits[0, len(request.prefix_ids) - 1 :], output, strict=False):
+    for scores, id in zip(logits, output, strict=False):
         low, high, stop = state.allowed
         legal = [*range(low, high), *([] if stop is None else [stop])]
         best.append(legal[int(scores[legal].argmax())])
@@ -108,6 +117,42 @@ def test_outputs_do_not_depend_on_batch_mates(bundle: Path) -> None:
     assert together == in_threes
     for request, output in zip(requests, together, strict=True):
         check_output(request.grammar, output)
+
+
+def guided(requests: Sequence[GenerationRequest], scale: float) -> list[GenerationRequest]:
+    """The same requests, every other with a guide of another length."""
+    sampling = [dataclasses.replace(request.sampling, guidance_scale=scale) for request in requests]
+    return [
+        dataclasses.replace(request, sampling=own, guide_ids=None if place % 2 else (1, 17, *range(300, 303 + place)))
+        for place, (request, own) in enumerate(zip(requests, sampling, strict=True))
+    ]
+
+
+def test_guided_outputs_of_a_mixed_batch_are_the_likeliest_ids_under_the_guided_logits(
+    model: PoetTransformer, engine: TorchEngine
+) -> None:
+    requests = guided(requests_of_every_task(GREEDY), 2.5)
+    outputs = engine.generate(requests)
+    for request, output in zip(requests, outputs, strict=True):
+        check_output(request.grammar, output)
+        assert output == likeliest(model, request, output)
+    assert outputs != engine.generate([dataclasses.replace(request, guide_ids=None) for request in requests])
+
+
+def test_guidance_of_scale_1_is_none(engine: TorchEngine) -> None:
+    requests = requests_of_every_task()
+    assert engine.generate(guided(requests, 1.0)) == engine.generate(requests)
+
+
+def test_a_guided_output_ends_with_its_guide_while_others_go_on(model: PoetTransformer) -> None:
+    grammar = (Segment(29, 256, 259, stop=16), Segment(1, 2, 3))
+    configs = [SamplingConfig(seed=seed, temperature=5.0, guidance_scale=2.0) for seed in range(4)]
+    prefixes, guides = [[1, 11], [1, 13, 17], [1, 19], [1, 31, 7, 5]], [[1, 9, 9, 9], None, [1], [1, 3]]
+    outputs = write_outputs(model, prefixes, [grammar] * 4, configs, guides)
+    assert len({len(output) for output in outputs}) > 2
+    for row, output in enumerate(outputs):
+        alone = write_outputs(model, [prefixes[row]], [grammar], [configs[row]], [guides[row]])
+        assert alone == [output]
 
 
 def test_seed_decides_what_is_drawn(engine: TorchEngine) -> None:

@@ -68,12 +68,31 @@ def test_the_same_seed_gives_the_same_ids_and_another_seed_others(
 
 def test_like_makes_a_clip_again(capsys: pytest.CaptureFixture[str], bundle: Path, tmp_path: Path) -> None:
     first = generate(
-        capsys, bundle, "a red star", "-o", tmp_path / "one.mp4", "--temperature", 0.7, "--top-k", 9, "--top-p", 0.8
-    )
+        capsys, bundle, "a red star", "-o", tmp_path / "one.mp4", "--temperature", 0.7, "--top-k", 9, "--top-p", 0.8,
+        "--guidance-scale", 2.5, "--negative-prompt", "a blue star",
+    )  # fmt: skip
     again = generate(capsys, bundle, "--like", tmp_path / "one.mp4", "-o", tmp_path / "two.mp4")
     assert again["ids_sha256"] == first["ids_sha256"]
     assert read_clip(tmp_path / "one.mp4").frames is not None
     assert (read_clip(tmp_path / "one.mp4").frames == read_clip(tmp_path / "two.mp4").frames).all()
+
+
+def test_guidance_and_a_negative_prompt_change_the_clip(
+    capsys: pytest.CaptureFixture[str], bundle: Path, tmp_path: Path
+) -> None:
+    def ids(*options: object) -> str:
+        made = generate(capsys, bundle, "a red star", "-o", tmp_path / "clip.mp4", "--seed", 5, *options)
+        return str(made["ids_sha256"])
+
+    plain = ids()
+    assert ids("--guidance-scale", 1) == plain
+    guided = ids("--guidance-scale", 3)
+    assert len({plain, guided, ids("--guidance-scale", 3, "--negative-prompt", "a blue cross")}) == 3
+    code, _, err = run(
+        capsys, "generate", "a star", "--model", bundle, "--negative-prompt", "a", "-o", tmp_path / "a.mp4"
+    )
+    assert code == 1
+    assert "guidance_scale other than 1" in err
 
 
 def test_no_metadata_leaves_it_out_and_like_then_says_so(

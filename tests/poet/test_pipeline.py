@@ -204,3 +204,47 @@ def test_a_picture_of_another_size_is_refused(bundle: Bundle) -> None:
     clip = Clip(frames=np.zeros((1, 7, 11, 3), np.uint8), fps=8.0, samples=None, sample_rate=16_000)
     with pytest.raises(ConfigError, match="pixels"):
         pipeline.generate([ClipRequest(task="image_to_video", clip=clip)])
+
+
+def test_guidance_moves_away_from_the_request_without_its_text(bundle: Bundle) -> None:
+    pipeline, engine = make(bundle)
+    sampling = SamplingConfig(seed=1, guidance_scale=2.0)
+    clip = given(pipeline, 1)
+    [made, _, _] = pipeline.generate(
+        [
+            ClipRequest(task="text_to_video_audio", text="a red b", sampling=sampling),
+            ClipRequest(task="image_to_video", text="a red b", clip=clip, sampling=sampling),
+            ClipRequest(task="image_to_video", clip=clip, sampling=sampling),
+        ]
+    )
+    text, image, without = engine.requests
+    low, high = bundle.vocabulary.text_range
+    null = bundle.vocabulary.special("<null>")
+    for request in (text, image):
+        assert request.guided
+        assert request.guide_ids == tuple(null if low <= id < high else id for id in request.prefix_ids)
+        assert request.guide_ids != request.prefix_ids
+    assert not without.guided
+    assert made.metadata["guidance_scale"] == "2.0"
+    assert "negative_prompt" not in made.metadata
+
+
+def test_a_negative_prompt_takes_the_place_of_no_text(bundle: Bundle) -> None:
+    pipeline, engine = make(bundle)
+    sampling = SamplingConfig(seed=1, guidance_scale=2.0)
+    wanted = ClipRequest(task="text_to_video_audio", text="a red b", negative_text="c", sampling=sampling)
+    [made] = pipeline.generate([wanted])
+    assert engine.requests[0].guide_ids is not None
+    scene = unpack_prefix(np.array(engine.requests[0].guide_ids), bundle.vocabulary)
+    assert scene.text is not None
+    assert pipeline.text_tokenizer.decode(list(scene.text)) == "c"
+    assert made.metadata["negative_prompt"] == "c"
+
+
+def test_a_negative_prompt_that_could_do_nothing_is_refused(bundle: Bundle) -> None:
+    pipeline, _ = make(bundle)
+    guided = SamplingConfig(guidance_scale=2.0)
+    with pytest.raises(ConfigError, match="must come with a prompt"):
+        pipeline.generate([ClipRequest(task="unconditional", negative_text="c", sampling=guided)])
+    with pytest.raises(ConfigError, match="guidance_scale other than 1"):
+        pipeline.generate([ClipRequest(task="text_to_video_audio", text="a", negative_text="c")])

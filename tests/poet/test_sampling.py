@@ -7,7 +7,7 @@ import pytest
 import torch
 
 from poet.errors import CheckpointError, ConfigError
-from poet.generation.sampling import SamplingConfig, build_generator, sample
+from poet.generation.sampling import SamplingConfig, build_generator, guide, sample
 from poet.grammar import Allowed
 
 ALL = Allowed(0, 7)
@@ -125,6 +125,8 @@ def test_damaged_logits_are_refused(damage: float) -> None:
         ({"top_k": 1.0}, "top_k must be"),
         ({"top_p": 0.0}, "top_p must be"),
         ({"top_p": 1.1}, "top_p must be"),
+        ({"guidance_scale": -0.5}, "guidance_scale must be"),
+        ({"guidance_scale": math.inf}, "guidance_scale must be"),
         ({"seed": -1}, "seed must be"),
         ({"seed": 2**63}, "seed must be"),
     ],
@@ -141,3 +143,14 @@ def test_seeds_that_differ_in_their_upper_bits_alone_draw_differently():
     assert len({tuple(draw) for draw in draws}) == 4
     plain = torch.rand(5, generator=torch.Generator().manual_seed(7)).tolist()
     assert draws[3] == plain  # small seeds stay as they are
+
+
+def test_guidance_moves_logits_away_from_those_of_the_guide() -> None:
+    wanted, unwanted = (
+        torch.tensor([[3.0, 1.0], [5.0, 5.0]], dtype=torch.bfloat16),
+        torch.tensor([[1.0, 2.0], [7.0, 0.0]]),
+    )
+    moved = guide(wanted, unwanted, [2.0, 0.0])
+    assert moved.dtype == torch.float32
+    assert moved.tolist() == [[5.0, 0.0], [7.0, 0.0]]
+    assert guide(wanted, unwanted, [1.0, 1.0]).tolist() == wanted.tolist()
