@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import dataclasses
 import tempfile
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any, Final
 
@@ -21,6 +22,7 @@ from poet.vocabulary import Vocabulary
 from poet_tokenizers.base import AudioSpec, TextSpec, VideoSpec
 
 __all__ = [
+    "in_processes",
     "random_parts",
     "random_scene",
     "save_tiny_tokenizers",
@@ -222,3 +224,39 @@ def tiny_bundle(directory: Path, *, seed: int = 0, config: dict[str, Any] | None
             lambda path: save_file(weights, path, metadata={"format": "pt"}),
             "A tiny bundle with random weights, for tests.\n",
         )
+
+
+def in_processes(count: int, work: Callable[..., Any], *arguments: Any) -> list[Any]:
+    """Call a function in several processes at once that talk to each other over gloo.
+
+    The processes are forks of this one, so nothing is imported again; this one must not have started threads that the
+    function needs.
+
+    Args:
+        count: processes.
+        work: called with `arguments` in each, inside an initialised `torch.distributed`.
+        *arguments: handed on.
+
+    Returns:
+        What each returned (anything that `torch.save` takes), by rank.
+
+    Raises:
+        torch.multiprocessing.ProcessRaisedException: one failed; the others are ended.
+    """
+    import torch
+    from torch.multiprocessing.spawn import start_processes
+
+    with tempfile.TemporaryDirectory() as folder:
+        start_processes(_in_process, (count, folder, work, arguments), nprocs=count, start_method="fork")  # type: ignore[no-untyped-call]
+        return [torch.load(Path(folder, f"{rank}.pt"), weights_only=False) for rank in range(count)]
+
+
+def _in_process(rank: int, count: int, folder: str, work: Callable[..., Any], arguments: tuple[Any, ...]) -> None:
+    import torch
+    from torch import distributed
+
+    torch.set_num_threads(1)
+    distributed.init_process_group("gloo", init_method=f"file://{folder}/meeting", rank=rank, world_size=count)
+    torch.save(work(*arguments), Path(folder, f"{rank}.pt"))
+    distributed.barrier()
+    distributed.destroy_process_group()
