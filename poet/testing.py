@@ -247,7 +247,7 @@ def in_processes(count: int, work: Callable[..., Any], *arguments: Any) -> list[
     from torch.multiprocessing.spawn import start_processes
 
     with tempfile.TemporaryDirectory() as folder:
-        start_processes(_in_process, (count, folder, work, arguments), nprocs=count, start_method="fork")  # type: ignore[no-untyped-call]
+        start_processes(_in_process, (count, folder, work, arguments), nprocs=count, start_method="fork")
         return [torch.load(Path(folder, f"{rank}.pt"), weights_only=False) for rank in range(count)]
 
 
