@@ -59,6 +59,8 @@ def encode(
         )
     for key, reason in report.skipped:
         note(f"skipped {key}: {reason}")
+    if report.num_uncaptioned:
+        note(f"{report.num_uncaptioned} of {report.num_clips} clips have no caption: no task with a text can use them")
     show_result(
         {
             "directory": str(output),
@@ -66,6 +68,7 @@ def encode(
             "of_an_earlier_run": report.num_resumed,
             "shards": report.num_shards,
             "skipped": len(report.skipped),
+            "without_caption": report.num_uncaptioned,
             "seconds": round(report.seconds, 1),
         },
         json,

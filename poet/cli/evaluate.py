@@ -7,7 +7,7 @@ from typing import Annotated
 
 import typer
 
-from poet.cli.output import progress, show_result
+from poet.cli.output import progress, show_lines, show_result
 from poet.errors import ConfigError
 
 __all__ = ["evaluate"]
@@ -38,7 +38,7 @@ def evaluate(
     bundle = Bundle.open(default_bundle() if model is None else model, require_model=what == "generation")
     if what == "reconstruction":
         with progress("reconstructing clips") as advance:
-            results = reconstruction(bundle, split, count, start, output, progress=advance)
+            measured = reconstruction(bundle, split, count, start, output, progress=advance)
     else:
         sampling = {
             "temperature": temperature,
@@ -47,7 +47,7 @@ def evaluate(
             "guidance_scale": guidance_scale,
         }
         with progress("evaluating") as advance:
-            results = generation(
+            measured = generation(
                 bundle,
                 split,
                 count,
@@ -59,4 +59,8 @@ def evaluate(
                 sampling=sampling,
                 progress=advance,
             )
-    show_result(results, json)
+    if json:
+        show_result(measured.facts, json)
+    else:
+        show_lines(measured.tables)
+        show_result({"report": measured.facts["report"]}, json)

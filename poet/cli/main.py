@@ -11,12 +11,12 @@ os.environ.setdefault("GOMP_SPINCOUNT", "0")
 os.environ.setdefault("TORCH_CPP_LOG_LEVEL", "ERROR")
 
 import functools
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from importlib.metadata import EntryPoint, entry_points
 from typing import Any
 
 import typer
-from typer.core import TyperCommand
+from typer.core import TyperCommand, TyperGroup
 
 from poet import __version__
 from poet.cli.data import encode, reconstruct
@@ -34,8 +34,13 @@ EXIT_ERROR, EXIT_INTERRUPTED = 1, 130
 
 def build_app() -> typer.Typer:
     """All commands, those of installed packages included (entry-point group `poet.commands`), which are not loaded."""
+    own = (generate, reconstruct, encode, train, evaluate, info)
+    names = {command.__name__ for command in own}
+    plugins = sorted(entry_points(group="poet.commands"), key=lambda entry: entry.name)
+    ignored = [entry for entry in plugins if entry.name in names]
     app = typer.Typer(
         name="poet",
+        cls=_group(ignored),
         help="Writes video with sound, from text, images, clips or nothing.",
         no_args_is_help=True,
         add_completion=False,
@@ -43,11 +48,10 @@ def build_app() -> typer.Typer:
         rich_markup_mode=None,
     )
     app.callback()(_options)
-    own = (generate, reconstruct, encode, train, evaluate, info)
     for command in own:
-        app.command()(_with_messages(command))
-    names = {command.__name__ for command in own}
-    for entry in sorted(entry_points(group="poet.commands"), key=lambda entry: entry.name):
+        namesakes = [entry for entry in ignored if entry.name == command.__name__]
+        app.command(cls=_own(namesakes))(_with_messages(command))
+    for entry in plugins:
         if entry.name not in names:
             app.command(name=entry.name, cls=_plugin(entry), help=f"Plugin {entry.value}.")(_nothing)
     return app
@@ -60,6 +64,36 @@ def main(arguments: list[str] | None = None) -> int:
     except SystemExit as end:
         return end.code if isinstance(end.code, int) else 0 if end.code is None else EXIT_ERROR
     return 0
+
+
+def _group(ignored: Iterable[EntryPoint]) -> type[TyperGroup]:
+    """All commands, whose help names the plugins that no command line reaches."""
+
+    class Group(TyperGroup):
+        def get_help(self, ctx: Any) -> str:
+            _tell_ignored(ignored)
+            return super().get_help(ctx)
+
+    return Group
+
+
+def _own(namesakes: Iterable[EntryPoint]) -> type[TyperCommand]:
+    """One of Poet's commands, which names the plugins that would have been called in its place."""
+
+    class Own(TyperCommand):
+        def make_context(self, info_name: str | None, args: list[str], parent: Any = None, **extra: Any) -> Any:
+            _tell_ignored(namesakes)
+            return super().make_context(info_name, args, parent, **extra)
+
+    return Own
+
+
+def _tell_ignored(entries: Iterable[EntryPoint]) -> None:
+    for entry in entries:
+        note(
+            f"poet: the plugin {entry.value} is ignored: Poet has a command {entry.name!r} of its own. "
+            "Remove the plugin's package, or ask its makers for another name."
+        )
 
 
 def _plugin(entry: EntryPoint) -> type[TyperCommand]:

@@ -6,14 +6,14 @@ import json
 import math
 import sys
 import time
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
 from poet.errors import ConfigError
 
-__all__ = ["Advance", "keep_what_is_read", "note", "progress", "show_result"]
+__all__ = ["Advance", "keep_what_is_read", "note", "progress", "show_lines", "show_result"]
 
 Advance = Callable[[int, int, str], None]
 """Called with (done, in all, what to say besides)."""
@@ -46,6 +46,12 @@ def show_result(result: Mapping[str, Any], as_json: bool) -> None:
     for line in _lines(result):
         print(line)
     sys.stdout.flush()
+
+
+def show_lines(lines: Iterable[str]) -> None:
+    """Print what is read line by line, such as a table, above the result."""
+    for line in lines:
+        print(_visible(line))
 
 
 def _finite(value: Any) -> Any:

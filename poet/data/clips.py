@@ -6,14 +6,23 @@ import csv
 import dataclasses
 import hashlib
 import json
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Final, Protocol
 
 from poet.errors import ConfigError, MediaError
-from poet.media import Clip, read_clip
+from poet.media import Clip, probe, read_clip
 
-__all__ = ["MEDIA_SUFFIXES", "CaptionedClip", "ClipSource", "FolderSource", "SourceClip", "open_source"]
+__all__ = [
+    "MEDIA_SUFFIXES",
+    "CaptionedClip",
+    "ClipSource",
+    "FolderSource",
+    "FolderSurvey",
+    "SourceClip",
+    "open_source",
+    "survey_folder",
+]
 
 MEDIA_SUFFIXES: Final = frozenset(
     {".mp4", ".m4v", ".mkv", ".webm", ".mov", ".avi", ".gif", ".wav", ".flac", ".mp3", ".ogg", ".opus", ".m4a"}
@@ -103,11 +112,7 @@ class FolderSource:
     ) -> None:
         path = Path(path)
         if path.is_dir():
-            self._entries = [
-                _Entry(file.relative_to(path).as_posix(), file, None)
-                for file in sorted(path.rglob("*"))
-                if file.suffix.lower() in MEDIA_SUFFIXES and file.is_file()
-            ]
+            self._entries = [_Entry(file.relative_to(path).as_posix(), file, None) for file in _media_files(path)]
         elif path.suffix.lower() in (".jsonl", ".csv"):
             self._entries = list(_read_manifest(path))
         else:
@@ -155,6 +160,60 @@ class FolderSource:
                 "Leave it out, or ask for fewer frames."
             )
         return clip
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class FolderSurvey:
+    """What a folder of clips holds, by the files' headers.
+
+    Attributes:
+        kinds: `picture_and_sound`, `picture_alone` and `sound_alone` -> how many files there are of each, those with a
+            caption and those without.
+        unreadable: (key, reason) of every file that is no clip or whose caption cannot be read.
+        num_bytes: of all files, the unreadable ones included.
+    """
+
+    kinds: dict[str, tuple[int, int]]
+    unreadable: tuple[tuple[str, str], ...]
+    num_bytes: int
+
+
+def survey_folder(path: str | Path, progress: Callable[[int, int], None] | None = None) -> FolderSurvey:
+    """Look at every clip that `FolderSource` would find in a folder, decoding none: damage further in is not found.
+
+    Args:
+        path: a folder.
+        progress: called with the files done and the files in all.
+
+    Raises:
+        ConfigError: the folder holds no clips.
+    """
+    path = Path(path)
+    counts = {kind: [0, 0] for kind in ("picture_and_sound", "picture_alone", "sound_alone")}
+    unreadable, num_bytes = [], 0
+    files = _media_files(path)
+    if not files:
+        raise ConfigError(f"{path} must hold at least one clip, got none. Known files: {sorted(MEDIA_SUFFIXES)}.")
+    for done, file in enumerate(files, start=1):
+        num_bytes += file.stat().st_size
+        try:
+            facts = probe(file)
+            caption = _read_caption(file.with_suffix(".txt"))
+        except MediaError as error:
+            unreadable.append((file.relative_to(path).as_posix(), str(error)))
+        else:
+            alone = "picture_alone" if facts.has_video else "sound_alone"
+            kind = "picture_and_sound" if facts.has_video and facts.has_audio else alone
+            counts[kind][0 if caption is not None else 1] += 1
+        if progress is not None:
+            progress(done, len(files))
+    kinds = {kind: (captioned, uncaptioned) for kind, (captioned, uncaptioned) in counts.items()}
+    return FolderSurvey(kinds=kinds, unreadable=tuple(unreadable), num_bytes=num_bytes)
+
+
+def _media_files(folder: Path) -> list[Path]:
+    """In the order of their names, those of subfolders included."""
+    return [path for path in sorted(folder.rglob("*")) if path.suffix.lower() in MEDIA_SUFFIXES and path.is_file()]
 
 
 def _read_caption(path: Path) -> str | None:

@@ -23,7 +23,7 @@ from torch import Tensor
 
 from poet.data.clips import CaptionedClip, ClipSource
 from poet.data.readahead import Unreadable, read_ahead
-from poet.data.shards import EncodedClip, ShardWriter
+from poet.data.shards import EncodedClip, ShardWriter, count_uncaptioned
 from poet.errors import ConfigError, MediaError, ShapeError
 from poet.media import Clip
 from poet.model.device import parse_device
@@ -66,6 +66,7 @@ class EncodeReport:
         num_clips: clips in the shards now.
         num_resumed: those of them that an earlier run had written.
         num_shards: files.
+        num_uncaptioned: clips in the shards that have no caption.
         skipped: (key, reason) of every clip that could not be read, by this run or an earlier one.
         seconds: that this run took.
     """
@@ -73,6 +74,7 @@ class EncodeReport:
     num_clips: int
     num_resumed: int
     num_shards: int
+    num_uncaptioned: int
     skipped: tuple[tuple[str, str], ...]
     seconds: float
 
@@ -149,10 +151,12 @@ def encode_source(
                 f"at least one of the {total} clips of {source.name} must be readable, none is; {output_dir} was not "
                 f"written. {_reasons(manifest.skipped)}"
             )
+        num_uncaptioned = count_uncaptioned(output_dir, manifest)
     return EncodeReport(
         num_clips=manifest.count,
         num_resumed=num_resumed,
         num_shards=len(manifest.shards),
+        num_uncaptioned=num_uncaptioned,
         skipped=manifest.skipped,
         seconds=time.monotonic() - started,
     )

@@ -30,7 +30,7 @@ from numpy.typing import NDArray
 from poet.data.manifest import MANIFEST_NAME, Manifest, Shard, compare_fingerprints, sha256_of
 from poet.errors import CheckpointError, ConfigError, ShapeError
 
-__all__ = ["EncodedClip", "ShardReader", "ShardWriter", "open_shards"]
+__all__ = ["EncodedClip", "ShardReader", "ShardWriter", "count_uncaptioned", "open_shards"]
 
 _LOCK_NAME: Final = ".lock"
 _SHARD_FILE: Final = re.compile(r"shard-\d{6}\.parquet(\.part)?|manifest\.json\.part")
@@ -328,17 +328,35 @@ def open_shards(
     return ShardReader(paths, manifests, batches)
 
 
+def count_uncaptioned(directory: str | Path, manifest: Manifest) -> int:
+    """How many clips of a directory have no caption, so that no task with a text can use them. Reads captions alone.
+
+    Args:
+        directory: of shards.
+        manifest: of that directory.
+
+    Raises:
+        CheckpointError: a file is missing or damaged.
+    """
+    texts = (_read_shard(Path(directory), shard, ["text"])["text"] for shard in manifest.shards)
+    return sum(text.null_count for text in texts)
+
+
 def _read(directory: Path, manifest: Manifest) -> list[pa.RecordBatch]:
     batches: list[pa.RecordBatch] = []
     for shard in manifest.shards:
-        path = directory / shard.file
-        try:
-            table = pq.read_table(path, schema=_SCHEMA, use_threads=False)
-        except (OSError, pa.ArrowException) as error:
-            raise CheckpointError(f"{path} cannot be read ({error}). Restore it or encode the clips again.") from error
-        _compare_rows(path, table.num_rows, shard.rows)
-        batches += table.combine_chunks().to_batches()
+        batches += _read_shard(directory, shard).combine_chunks().to_batches()
     return batches
+
+
+def _read_shard(directory: Path, shard: Shard, columns: list[str] | None = None) -> pa.Table:
+    path = directory / shard.file
+    try:
+        table = pq.read_table(path, schema=_SCHEMA, columns=columns, use_threads=False)
+    except (OSError, pa.ArrowException) as error:
+        raise CheckpointError(f"{path} cannot be read ({error}). Restore it or encode the clips again.") from error
+    _compare_rows(path, table.num_rows, shard.rows)
+    return table
 
 
 def _map(directory: Path, manifest: Manifest, cache_directory: Path) -> list[pa.RecordBatch]:

@@ -5,8 +5,10 @@ Toybox is the only world whose clips can be judged, so splits here are Toybox's;
 
 from __future__ import annotations
 
+import dataclasses
 import datetime
 import platform
+import subprocess
 import time
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
@@ -18,14 +20,14 @@ from poet.data.toybox import ToyboxClip, draw
 from poet.errors import ConfigError, MediaError
 from poet.evaluation.judge import SYNCED_MOTIONS, Verdict, judge, judge_clip
 from poet.evaluation.reconstruction import ReconstructionReport, evaluate_reconstruction
-from poet.evaluation.report import Results, SheetEntry, contact_sheet, write_report
+from poet.evaluation.report import Results, SheetEntry, contact_sheet, tables, write_report
 from poet.generation.engine import load_engine
 from poet.generation.pipeline import ClipRequest, Pipeline
 from poet.generation.sampling import SamplingConfig
 from poet.media import Clip
 from poet.tasks import Task, get_task
 
-__all__ = ["generation", "reconstruction"]
+__all__ = ["Measured", "commit_of", "generation", "reconstruction"]
 
 Advance = Callable[[int, int, str], None]
 
@@ -33,6 +35,20 @@ SIGHT = ("colour", "shape", "size", "background", "motion")
 SOUND = ("timbre", "pitch")
 SYNC = ("sync",)
 SHOWN = 12  # clips of a split on the contact sheet
+CODE = ("poet/*.py", "tokenizers/*.py", "serving/*.py")  # what a score depends on, beside the bundle
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Measured:
+    """What came of it.
+
+    Attributes:
+        facts: where the report is (`report`) and what it says in short.
+        tables: the lines of the report's tables.
+    """
+
+    facts: Mapping[str, Any]
+    tables: Sequence[str]
 
 
 def generation(
@@ -47,7 +63,7 @@ def generation(
     engine: str,
     sampling: Mapping[str, float | int | None],
     progress: Advance,
-) -> dict[str, Any]:
+) -> Measured:
     """Generate a clip for the caption of each drawn clip and judge whether it is what the caption says.
 
     Args:
@@ -63,7 +79,7 @@ def generation(
         progress: called with (done, in all, what is done).
 
     Returns:
-        Where the report is and what it says in short.
+        Where the report is and what it says.
 
     Raises:
         ConfigError: there is no such task or split, the model was not trained on the task, or the judge cannot tell
@@ -79,6 +95,7 @@ def generation(
     bundle.check_trained(task)
     splits = _check_splits(splits, start)
     _make_directory(output)
+    about = _about(bundle)  # before the long work: while it lasts, the working tree may change
     settings: dict[str, Any] = {
         name: getattr(defaults, name) if value is None else value for name, value in sampling.items()
     }
@@ -110,7 +127,7 @@ def generation(
     finally:
         writer.close()
     overall = {split: _overall(marks) for split, marks in scores.items()}
-    about = _about(bundle) | {"weights": weights[:12], "task": task, "engine": engine, **settings, "first seed": seed}
+    about |= {"weights": weights[:12], "task": task, "engine": engine, **settings, "first seed": seed}
     results = Results(
         title=f"Clips generated for {count} captions a split",
         about=about,
@@ -119,12 +136,13 @@ def generation(
         | {"ids per second": ids / seconds, "seconds per clip": seconds / (count * len(splits))},
     )
     report = write_report(output, results)
-    return {"report": str(output / "report.md"), "attributes_right": overall, "summary": report["summary"]}
+    facts = {"report": str(output / "report.md"), "attributes_right": overall, "summary": report["summary"]}
+    return Measured(facts=facts, tables=tables(results))
 
 
 def reconstruction(
     bundle: Bundle, splits: Sequence[str], count: int, start: int, output: Path, *, progress: Advance
-) -> dict[str, Any]:
+) -> Measured:
     """Send drawn clips through the tokenizers and back, and measure what is kept.
 
     Args:
@@ -143,8 +161,10 @@ def reconstruction(
         MediaError: `output` cannot be a directory.
     """
     found: dict[str, Any] = {}
+    shown: list[str] = []
     splits = _check_splits(splits, start)
     _make_directory(output)
+    about = _about(bundle)  # before the long work: while it lasts, the working tree may change
     for split in splits:
         drawn = [draw(split, start + number) for number in range(count)]
         report = evaluate_reconstruction(
@@ -164,15 +184,14 @@ def reconstruction(
             measures |= {"video codes used": report.video_codes.used, "video perplexity": report.video_codes.perplexity}
         for level, use in enumerate(report.audio_codes):
             measures |= {f"audio codes used, level {level}": use.used}
-        write_report(
-            output / split,
-            Results(title=f"{count} clips of {split} through the tokenizers", about=_about(bundle), measures=measures),
-        )
+        results = Results(title=f"{count} clips of {split} through the tokenizers", about=about, measures=measures)
+        write_report(output / split, results)
+        shown += [f"{results.title}:", "", *tables(results)]
         after = [clip for _, clip in report.examples]
         verdicts = [judge(clip.frames, clip.samples) for clip in after]
         marks = [judge_clip(clip, truth.attributes.as_dict()) for clip, truth in zip(after, drawn, strict=False)]
         _sheet(output / f"{split}.png", after, drawn, verdicts, marks)
-    return {"report": str(output), **found}
+    return Measured(facts={"report": str(output), **found}, tables=shown)
 
 
 def _given(task: Task, drawn: ToyboxClip, pipeline: Pipeline) -> Clip | None:
@@ -252,11 +271,35 @@ def _make_directory(path: Path) -> None:
         raise MediaError(f"{path} cannot hold a report: {error.strerror}. Name another directory with -o.") from error
 
 
+def commit_of(checkout: Path) -> str | None:
+    """The commit of a git working tree in short, "with changes" if its code differs from it.
+
+    Args:
+        checkout: the tree's root.
+
+    Returns:
+        None where there is no working tree, or no git to ask.
+    """
+    if not (checkout / ".git").exists():  # an installed package may lie somewhere inside another project's tree
+        return None
+    ask = ["git", "--no-optional-locks", "-C", str(checkout)]
+    try:
+        commit = subprocess.run(
+            [*ask, "rev-parse", "--short", "HEAD"], capture_output=True, text=True, check=True, timeout=20
+        ).stdout.strip()
+        changed = subprocess.run([*ask, "diff", "--quiet", "HEAD", "--", *CODE], capture_output=True, timeout=20)
+    except (OSError, subprocess.SubprocessError):
+        return None
+    return f"{commit} with changes" if changed.returncode else commit
+
+
 def _about(bundle: Bundle) -> dict[str, object]:
+    commit = commit_of(Path(__file__).parents[2])
     return {
         "bundle": bundle.path.name,
         "fingerprint": bundle.fingerprint[:12],
         "version": __version__,
+        **({} if commit is None else {"commit": commit}),
         "date": datetime.datetime.now(datetime.UTC).date().isoformat(),
         "hardware": f"{platform.machine()}, {platform.system()}",
     }

@@ -25,7 +25,7 @@ from numpy.typing import NDArray
 from poet.errors import ConfigError
 from poet.media import Clip
 
-__all__ = ["Results", "SheetEntry", "contact_sheet", "summarise", "wilson_interval", "write_report"]
+__all__ = ["Results", "SheetEntry", "contact_sheet", "summarise", "tables", "wilson_interval", "write_report"]
 
 Marks = Mapping[str, bool]
 
@@ -170,6 +170,12 @@ def _markdown(results: Results) -> str:
     lines += [f"- {name}: {value}" for name, value in results.about.items()]
     if results.about:
         lines.append("")
+    return "\n".join([*lines, *tables(results)])
+
+
+def tables(results: Results) -> list[str]:
+    """The lines of `report.md` below what it is about: scores by name and group, then the measures."""
+    lines: list[str] = []
     if results.scores:
         summaries = {group: summarise(scores, results.apart) for group, scores in results.scores.items()}
         names = list(dict.fromkeys(name for summary in summaries.values() for name in summary))
@@ -186,7 +192,7 @@ def _markdown(results: Results) -> str:
             for name, value in results.measures.items()
         ]
         lines.append("")
-    return "\n".join(lines)
+    return lines
 
 
 def _cell(counted: Mapping[str, float | int]) -> str:

@@ -150,7 +150,7 @@ class PictureFitter:
         if scaled[0] * scaled[1] > MAX_FRAME_PIXELS:
             raise MediaError(
                 f"{self._name}: is too narrow ({shown_width} x {shown_height}) to fill {width} x {height}. "
-                "Use fit='pad' or cut the picture first."
+                "Cut the picture first; in Python, fit='pad' adds black bars instead."
             )
         stored = scaled[::-1] if self._orientation.transpose else scaled
         pixels = self._orientation.apply(self._scale(frame, *stored))

@@ -156,7 +156,7 @@ def _check_streams(media: OpenMedia, want_video: bool | None, want_audio: bool |
     if media.audio is None and (want_audio or (media.video is None and want_video is None)):
         raise MediaError(f"{media.name}: has no sound that can be decoded. Give a file with sound.")
     if (media.video is None or want_video is False) and (media.audio is None or want_audio is False):
-        raise MediaError(f"{media.name}: holds nothing of what is wanted. Leave want_video and want_audio out.")
+        raise MediaError(f"{media.name}: holds nothing of what is wanted. Give another file, or ask for what it has.")
 
 
 def _check_times(start: float, duration: float | None, max_duration: float) -> None:
@@ -167,7 +167,7 @@ def _check_times(start: float, duration: float | None, max_duration: float) -> N
     if duration is not None and not 0 < duration <= max_duration:
         raise ConfigError(
             f"duration must be above 0 and at most max_duration ({max_duration:g} s), got {duration}. "
-            "Give a larger max_duration= to read more."
+            "Give a larger max_duration to read more."
         )
 
 
@@ -176,7 +176,7 @@ def _own_rate(media: OpenMedia) -> Fraction:
     for rate in (media.video.average_rate, media.video.guessed_rate):
         if rate is not None and 0 < rate <= 1000:
             return rate
-    raise MediaError(f"{media.name}: does not say how many frames it has per second. Give fps=.")
+    raise MediaError(f"{media.name}: does not say how many frames it has per second. Say how many with fps.")
 
 
 def _origin(media: OpenMedia) -> Fraction:
@@ -237,7 +237,7 @@ def _damaged(name: str, place: Fraction | None) -> MediaError:
         return MediaError(f"{name}: nothing in it can be decoded, it is damaged or encrypted. Make it again.")
     return MediaError(
         f"{name}: is damaged or cut short at {float(place):.2f} s. "
-        "Make or download it again, or give duration= to stop before that place."
+        "Make or download it again, or stop before that place with a duration."
     )
 
 
@@ -269,7 +269,7 @@ def _refuse_short(name: str, end: Fraction | None, stated: Fraction) -> None:
     if reached < stated - max(_SHORT_BY, stated / 50):
         raise MediaError(
             f"{name}: is cut short, it ends at {float(reached):.2f} s instead of {float(stated):.2f} s. "
-            "Make or download it again, or give duration= to read a part."
+            "Make or download it again, or read a part of it with a duration."
         )
 
 

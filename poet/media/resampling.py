@@ -219,6 +219,6 @@ class SampleCollector:
 def too_long(name: str, max_duration: Fraction) -> MediaError:
     """The error for a file of more than max_duration seconds."""
     return MediaError(
-        f"{name}: lasts longer than {float(max_duration):g} s. Give duration= (and start=) to read a part, "
-        "or a larger max_duration=."
+        f"{name}: lasts longer than {float(max_duration):g} s. Cut it, read a part of it with start and "
+        "duration, or allow more with a larger max_duration."
     )

@@ -153,7 +153,7 @@ class PoetConfig:
         if missing:
             raise ConfigError(
                 f"config.json must hold {', '.join(missing)}, which it does not. "
-                "Write it with PoetConfig.to_huggingface_dict()."
+                "Export the bundle again; in Python, PoetConfig.to_huggingface_dict() gives the content."
             )
         for name, expected in _FIXED.items():
             if content.get(name, expected) != expected:

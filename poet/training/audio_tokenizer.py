@@ -24,6 +24,7 @@ from numpy.typing import NDArray
 from torch import Tensor, nn
 
 from poet.errors import ConfigError, ShapeError
+from poet.training.hard_clips import HardClips
 from poet.training.loop import ExponentialMovingAverage, cosine_schedule
 from poet.training.start import begin
 from poet_tokenizers import audio_losses
@@ -168,7 +169,7 @@ class AudioTokenizerTraining:
         self.recipe = recipe
         self.sounds = sounds
         self.device = torch.device(device)
-        self.errors = torch.zeros(recipe.source_clips, dtype=torch.float64)
+        self.hard_clips = HardClips(recipe.source_clips, recipe.batch_size, recipe.hard_share)
         self._drawn: dict[int, NDArray[np.float32]] = {}
         weights = {"time": recipe.time_weight, "mel": recipe.mel_weight}
         with self._draws(-1):
@@ -266,7 +267,7 @@ class AudioTokenizerTraining:
             "balancer": self.balancer.state_dict(),
         }
         if self.recipe.hard_share > 0:
-            state["errors"] = self.errors
+            state["errors"] = self.hard_clips.losses
         if self.discriminator is not None and self.discriminator_optimizer is not None:
             state["discriminator"] = self.discriminator.state_dict()
             state["discriminator_optimizer"] = self.discriminator_optimizer.state_dict()
@@ -279,7 +280,7 @@ class AudioTokenizerTraining:
         self.optimizer.load_state_dict(state["optimizer"])
         self.balancer.load_state_dict(state["balancer"])
         if self.recipe.hard_share > 0:
-            self.errors.copy_(state["errors"])
+            self.hard_clips.losses.copy_(state["errors"])
         if self.discriminator is not None and self.discriminator_optimizer is not None:
             self.discriminator.load_state_dict(state["discriminator"])
             self.discriminator_optimizer.load_state_dict(state["discriminator_optimizer"])
@@ -314,22 +315,15 @@ class AudioTokenizerTraining:
         return metrics
 
     def _choose(self, step: int, rng: np.random.Generator) -> list[int]:
-        """The numbers of a step's clips: some in turn, the others the more likely the worse they came out last."""
-        recipe = self.recipe
-        hard = round(recipe.hard_share * recipe.batch_size) if step > 0 else 0
-        first = step * (recipe.batch_size - hard)
-        chosen = [index % recipe.source_clips for index in range(first, first + recipe.batch_size - hard)]
-        if hard:
-            odds = (self.errors / self.errors.sum()).numpy()
-            chosen += rng.choice(recipe.source_clips, size=hard, p=odds).tolist()
-        return chosen
+        """The numbers of a step's clips."""
+        return self.hard_clips.in_turn(step) + self.hard_clips.hard(step, rng)
 
     @torch.no_grad()
     def _remember_errors(self, indices: Sequence[int], output: Tensor, target: Tensor) -> None:
         """Keep the power of each clip's error relative to the sound's, at most 1."""
         power = target.square().mean(dim=(1, 2)) + _SILENT**2
         errors = (output - target).square().mean(dim=(1, 2)) / power
-        self.errors[torch.as_tensor(indices)] = errors.clamp(1e-6, 1.0).double().cpu()
+        self.hard_clips.remember(indices, errors.clamp(1e-6, 1.0))
 
     def _training_batch(self, indices: Sequence[int], rng: np.random.Generator) -> Tensor:
         """Clips `indices` of the source, counted round `source_clips`, as (B, 1, S) float32; each is drawn once."""

@@ -20,6 +20,7 @@ from torch import Tensor, nn
 
 from poet.errors import ConfigError
 from poet.training.ahead import DrawnAhead
+from poet.training.hard_clips import HardClips
 from poet.training.loop import ExponentialMovingAverage, cosine_schedule
 from poet.training.start import begin
 from poet_tokenizers.magvit2.config import MagViT2Config
@@ -179,8 +180,8 @@ class VideoTokenizerTraining:
         if recipe.compile:
             self.model.encoder.compile()
             self.model.decoder.compile()
-        self.losses = torch.zeros(min(recipe.source_clips, len(source)) if recipe.hard_share > 0 else 0)
-        self.ahead = DrawnAhead(lambda step: self._draw(self._in_turn(step)))
+        self.hard_clips = HardClips(min(recipe.source_clips, len(source)), recipe.batch_size, recipe.hard_share)
+        self.ahead = DrawnAhead(lambda step: self._draw(self.hard_clips.in_turn(step)))
 
     def train_step(self, step: int) -> dict[str, float]:
         """One optimiser step; returns losses, the batch's PSNR, entropies in nats a bit and the gradient's norm."""
@@ -196,8 +197,7 @@ class VideoTokenizerTraining:
         output = output.float()
         weights = edge_weights(video, detail_weights(video, recipe.detail_strength), recipe.edge_share)
         losses = reconstruction_loss(output, video, weights, recipe.l1_share)
-        if len(self.losses):
-            self.losses[indices] = losses.detach().cpu()
+        self.hard_clips.remember(indices, losses)
         loss = losses.mean()
         metrics = {"reconstruction_loss": float(loss.detach()), "psnr": float(psnr(output.detach(), video).mean())}
         loss = loss + self._quantizer_loss(quantized, step)
@@ -256,8 +256,8 @@ class VideoTokenizerTraining:
             "average": self.average.state_dict(),
             "optimizer": self.optimizer.state_dict(),
         }
-        if len(self.losses):
-            state["losses"] = self.losses
+        if self.recipe.hard_share > 0:
+            state["losses"] = self.hard_clips.losses
         if self.discriminator is not None:
             state["discriminator"] = self.discriminator.state_dict()
             state["discriminator_optimizer"] = self.discriminator_optimizer.state_dict()
@@ -269,8 +269,8 @@ class VideoTokenizerTraining:
         self.model.load_state_dict(state["model"])
         self.average.load_state_dict(state["average"])
         self.optimizer.load_state_dict(state["optimizer"])
-        if len(self.losses):
-            self.losses.copy_(state["losses"])
+        if self.recipe.hard_share > 0:
+            self.hard_clips.losses.copy_(state["losses"])
         if self.discriminator is not None:
             self.discriminator.load_state_dict(state["discriminator"])
             self.discriminator_optimizer.load_state_dict(state["discriminator_optimizer"])
@@ -308,26 +308,10 @@ class VideoTokenizerTraining:
         """Numbers and frames of the step's clips."""
         hard = self._hard(step)
         clips = self._draw(hard) + self.ahead.take(step)
-        return hard + self._in_turn(step), to_video(np.stack(clips)).to(self.device)
-
-    def _hard_count(self, step: int) -> int:
-        return round(self.recipe.hard_share * self.recipe.batch_size) if step > 0 else 0
-
-    def _in_turn(self, step: int) -> list[int]:
-        """Numbers of the clips of `step` that do not depend on what came before."""
-        taken = self.recipe.batch_size - self._hard_count(step)
-        count = min(self.recipe.source_clips, len(self.source))
-        return [index % count for index in range(step * taken, (step + 1) * taken)]
+        return hard + self.hard_clips.in_turn(step), to_video(np.stack(clips)).to(self.device)
 
     def _hard(self, step: int) -> list[int]:
-        """Numbers drawn in proportion to the losses so far; a clip that was never seen has none."""
-        hard = self._hard_count(step)
-        if not hard or not float(self.losses.sum()) > 0:
-            return []
-        odds = (self.losses.double() / self.losses.double().sum()).numpy()
-        rng = np.random.default_rng([self.recipe.seed, step])
-        chosen: list[int] = rng.choice(len(odds), size=hard, p=odds).tolist()
-        return chosen
+        return self.hard_clips.hard(step, np.random.default_rng([self.recipe.seed, step]))
 
     def _draw(self, indices: Sequence[int]) -> list[NDArray[np.uint8]]:
         clips = [self.source.frames(index) for index in indices]

@@ -69,6 +69,14 @@ def tokenizers(reports: dict[str, dict[str, Any]]) -> str:
     return "\n".join(lines).replace("%", " %")
 
 
+def measured_at(report: dict[str, Any]) -> str:
+    """The commit that a report names; the present one for a report that names none."""
+    named = report["about"].get("commit")
+    if named is not None:
+        return str(named)
+    return subprocess.check_output(["git", "rev-parse", "--short", "HEAD"], cwd=ROOT, text=True).strip()
+
+
 def filled(page: str, blocks: dict[str, str]) -> str:
     """The page with every marked block replaced; a marker without an end is an error."""
     for name, text in blocks.items():
@@ -89,9 +97,9 @@ def main(arguments: Sequence[str] | None = None) -> None:
     parser.add_argument("evaluation", type=Path, help="what `poet evaluate -o` wrote")
     parser.add_argument("reconstruction", type=Path, help="what `poet evaluate --what reconstruction -o` wrote")
     options = parser.parse_args(arguments)
-    commit = subprocess.check_output(["git", "rev-parse", "--short", "HEAD"], cwd=ROOT, text=True).strip()
+    report = json.loads((options.evaluation / "report.json").read_text(encoding="utf-8"))
     blocks = {
-        "scores": scores(json.loads((options.evaluation / "report.json").read_text(encoding="utf-8")), commit),
+        "scores": scores(report, measured_at(report)),
         "tokenizers": tokenizers(
             {split: json.loads((options.reconstruction / split / "report.json").read_text()) for split in SPLITS}
         ),

@@ -115,16 +115,16 @@ def test_hard_clips_come_again_more_often_than_easy_ones() -> None:
     training = AudioTokenizerTraining(_recipe(hard_share=0.5, batch_size=8, source_clips=50), _sounds)
     rng = np.random.default_rng(0)
     assert training._choose(0, rng) == list(range(8))  # nothing has been seen yet
-    training.errors[:] = 1e-6
-    training.errors[41] = 1.0
+    training.hard_clips.losses[:] = 1e-6
+    training.hard_clips.losses[41] = 1.0
     assert training._choose(3, rng) == [12, 13, 14, 15, 41, 41, 41, 41]
 
 
 def test_errors_are_remembered_by_clip_and_survive_a_checkpoint() -> None:
     training = AudioTokenizerTraining(_recipe(hard_share=0.5, batch_size=2), _sounds)
     training.train_step(0)
-    assert (training.errors[:2] > 0).all()
-    assert (training.errors[2:] == 0).all()
+    assert (training.hard_clips.losses[:2] > 0).all()
+    assert (training.hard_clips.losses[2:] == 0).all()
     other = AudioTokenizerTraining(_recipe(hard_share=0.5, batch_size=2), _sounds)
     other.load_state_dict(copy.deepcopy(training.state_dict()))
     assert other.train_step(1) == training.train_step(1)

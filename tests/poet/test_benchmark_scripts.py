@@ -131,3 +131,12 @@ def test_shares_are_read_from_the_report_by_split() -> None:
     assert "| picture and sound in step | 75.0 % |  |" in lines
     assert "4 generated clips" in lines[0]
     assert "abc1234, 2026-11-20, torch, temperature 0.9, top-p 1.0, top-k off" in lines[1]
+
+
+def test_scores_carry_the_commit_that_the_report_names_and_the_present_one_only_for_a_report_without(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    script = _load(ROOT / "recipes" / "nano" / "fill_scores.py")
+    monkeypatch.setattr(script.subprocess, "check_output", lambda *_, **__: "0000000\n")
+    assert script.measured_at({"about": {"commit": "abc1234"}}) == "abc1234"
+    assert script.measured_at({"about": {}}) == "0000000"

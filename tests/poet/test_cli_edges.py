@@ -413,6 +413,33 @@ def test_a_folder_without_one_readable_clip_makes_no_shards(
     assert (json.loads(out)["clips"], json.loads(out)["skipped"]) == (1, 2)
 
 
+def test_encode_counts_the_clips_without_a_caption_also_those_of_an_earlier_run(
+    call: Callable[..., tuple[int, str, str]], bundle: Path, tmp_path: Path
+) -> None:
+    (tmp_path / "clips").mkdir()
+    for number in range(3):
+        film(tmp_path / "clips" / f"{number}.mp4", seed=number)
+    (tmp_path / "clips" / "1.txt").write_text("a red star\n")
+    encode = ("encode", "clips", "--model", bundle, "-o", "shards", "--shard-size", 2)
+    code, out, err = call(*encode)
+    assert code == 0
+    assert "\nwithout_caption: 2\n" in out
+    assert "2 of 3 clips have no caption" in err
+    again = json.loads(call(*encode, "--json")[1])
+    assert (again["of_an_earlier_run"], again["without_caption"]) == (3, 2)
+
+
+def test_encode_says_nothing_of_captions_where_every_clip_has_one(
+    call: Callable[..., tuple[int, str, str]], bundle: Path, tmp_path: Path
+) -> None:
+    (tmp_path / "clips").mkdir()
+    film(tmp_path / "clips" / "one.mp4")
+    (tmp_path / "clips" / "one.txt").write_text("a red star")
+    code, out, err = call("encode", "clips", "--model", bundle, "-o", "shards", "--json")
+    assert (code, json.loads(out)["without_caption"]) == (0, 0)
+    assert "caption" not in err
+
+
 # ------------------------------------------------------------------------------------------------ devices and recipes
 
 

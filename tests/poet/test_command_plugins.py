@@ -113,3 +113,17 @@ def test_a_plugin_that_cannot_be_loaded_is_named_with_the_reason(
 def test_a_defect_of_a_plugin_is_not_hidden(call: Callable[..., tuple[int, str, str]]) -> None:
     with pytest.raises(ZeroDivisionError):
         call("defect")
+
+
+def test_an_ignored_plugin_is_named_once_by_the_help_and_by_its_namesake_and_by_nothing_else(
+    call: Callable[..., tuple[int, str, str]],
+) -> None:
+    for arguments in (["--help"], [], ["info", str(next(DATA.glob("*.mp4")))], ["info", "--help"]):
+        _, out, err = call(*arguments)
+        told = [line for line in err.splitlines() if "is ignored" in line]
+        assert len(told) == 1, (arguments, err)
+        assert "plugin_that_is_slow:main" in told[0]
+        assert "'info'" in told[0]
+        assert "ignored" not in out
+    for arguments in (["encode", "--help"], ["greet", "Ada"], ["--version"]):
+        assert call(*arguments)[2] == ""

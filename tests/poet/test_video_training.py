@@ -231,12 +231,12 @@ def test_clips_are_gone_through_in_turn_and_the_next_batch_is_drawn_ahead() -> N
 
 def test_hard_clips_are_those_with_the_highest_losses_so_far() -> None:
     training = _training(hard_share=0.5, batch_size=4)
-    seen = [index for step in range(3) for index in training._in_turn(step)]
+    seen = [index for step in range(3) for index in training.hard_clips.in_turn(step)]
     assert seen == [0, 1, 2, 3, 2, 3, 4, 5]  # nothing is known to be hard at step 0
     for step in range(2):
         training.train_step(step)
-    assert (training.losses > 0).tolist() == [True] * 4 + [False] * 3
-    training.losses[2] = 1e6
+    assert (training.hard_clips.losses > 0).tolist() == [True] * 4 + [False] * 3
+    training.hard_clips.losses[2] = 1e6
     indices, video = training._batch(2)
     assert indices == [2, 2, 4, 5]
     torch.testing.assert_close(video, to_video(np.stack([Noise().frames(index) for index in indices])))

@@ -86,7 +86,7 @@ def read_description(directory: Path, kind: str | None = None) -> dict[str, Any]
     except FileNotFoundError:
         raise CheckpointError(
             f"{file} must describe a tokenizer, but there is no such file. "
-            f"Name a directory that a tokenizer's save() wrote."
+            "Name a directory into which a tokenizer was saved."
         ) from None
     except (OSError, ValueError) as error:
         raise CheckpointError(
@@ -96,7 +96,7 @@ def read_description(directory: Path, kind: str | None = None) -> dict[str, Any]
         raise CheckpointError(f'{file} must be a JSON object with a "kind". It is not a tokenizer\'s description.')
     for part in ("config", "spec"):
         if not isinstance(description.get(part), dict):
-            raise CheckpointError(f'{file} must hold an object "{part}". Save the tokenizer again with save().')
+            raise CheckpointError(f'{file} must hold an object "{part}". Save or copy the tokenizer again.')
     if kind is not None and description["kind"] != kind:
         raise CheckpointError(
             f'{file} must be of kind "{kind}", it is of kind "{description["kind"]}". '

@@ -1,0 +1,115 @@
+"""`poet evaluate`: what it prints, and which code the report says was measured."""
+
+import json
+import subprocess
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+
+from poet.cli.main import main
+from poet.evaluation import measure
+from poet.evaluation.judge import Verdict
+from poet.testing import tiny_bundle
+
+
+@pytest.fixture(scope="module")
+def bundle(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    directory = tmp_path_factory.mktemp("bundle") / "tiny"
+    tiny_bundle(directory)
+    return directory
+
+
+@pytest.fixture
+def evaluate(
+    capsys: pytest.CaptureFixture[str], bundle: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> Callable[..., str]:
+    """The command on the tiny bundle, with a judge for pictures that are no Toybox; returns standard output."""
+
+    class Unmoved:
+        def as_text(self) -> dict[str, str]:
+            return {"colour": "red", "motion": "still"}
+
+    def judge(frames: object, samples: object) -> Verdict:
+        return Unmoved()  # type: ignore[return-value]
+
+    monkeypatch.setattr(measure, "judge", judge)
+    monkeypatch.setattr(measure, "judge_clip", lambda clip, truth: {"colour": True, "motion": False})
+    monkeypatch.chdir(tmp_path)
+
+    def evaluate(*options: object) -> str:
+        told = ["evaluate", bundle, "--engine", "torch", "--task", "text_to_video", "--count", 2, *options]
+        assert main([str(argument) for argument in told]) == 0
+        return capsys.readouterr().out
+
+    return evaluate
+
+
+def test_it_ends_with_the_tables_of_the_report_and_then_its_path(evaluate: Callable[..., str]) -> None:
+    out = evaluate()
+    report = Path("evaluation/report.md").read_text()
+    assert out == report[report.index("| | seen | unseen |") :].rstrip("\n") + "\n\nreport: evaluation/report.md\n"
+    assert "| colour | 100.0 % (2 of 2; 34.2 to 100.0) | 100.0 % (2 of 2; 34.2 to 100.0) |" in out
+    assert "| motion | 0.0 % (0 of 2; 0.0 to 65.8) |" in out
+
+
+def test_json_holds_the_scores_and_no_table(evaluate: Callable[..., str]) -> None:
+    result = json.loads(evaluate("--json"))
+    assert result["attributes_right"] == {"seen": 0.5, "unseen": 0.5}
+    assert result["summary"]["seen"]["colour"]["right"] == 2
+    assert result["report"] == "evaluation/report.md"
+
+
+def test_a_reconstruction_ends_with_a_table_for_each_split(capsys: pytest.CaptureFixture[str], tmp_path: Path) -> None:
+    command = ["evaluate", "--what", "reconstruction", "--split", "seen", "--count", "1", "-o", str(tmp_path)]
+    assert main(command) == 0
+    out = capsys.readouterr().out
+    assert out.startswith("1 clips of seen through the tokenizers:\n\n| measure | value |\n")
+    assert "| attributes kept | " in out
+    assert out.endswith(f"\nreport: {tmp_path}\n")
+
+
+@pytest.mark.parametrize("commit", ["abc1234", None])
+def test_the_report_names_the_commit_that_it_was_measured_at_where_there_is_one(
+    evaluate: Callable[..., str], monkeypatch: pytest.MonkeyPatch, commit: str | None
+) -> None:
+    asked = []
+
+    def commit_of(checkout: Path) -> str | None:
+        asked.append(checkout)
+        return commit
+
+    monkeypatch.setattr(measure, "commit_of", commit_of)
+    evaluate()
+    about = json.loads(Path("evaluation/report.json").read_text())["about"]
+    assert about.get("commit") == commit
+    assert ("commit" in about) is (commit is not None)
+    assert ("- commit: abc1234\n" in Path("evaluation/report.md").read_text()) is (commit is not None)
+    assert asked == [Path(measure.__file__).parents[2]]
+
+
+def test_a_commit_is_that_of_the_tree_itself_and_changed_code_is_told(tmp_path: Path) -> None:
+    tree = tmp_path / "tree"
+    (tree / "poet" / "cli").mkdir(parents=True)
+    (tree / "poet" / "cli" / "main.py").write_text("1\n")
+    (tree / "README.md").write_text("one\n")
+    assert measure.commit_of(tree) is None
+    who = ["-c", "user.name=nobody", "-c", "user.email=nobody@example.org", "-c", "commit.gpgsign=false"]
+    for command in (["init", "-q"], ["add", "."], [*who, "commit", "-qm", "first"]):
+        subprocess.run(["git", "-C", str(tree), *command], check=True, capture_output=True)
+    head = subprocess.check_output(["git", "-C", str(tree), "rev-parse", "HEAD"], text=True).strip()
+    commit = measure.commit_of(tree)
+    assert commit is not None
+    assert head.startswith(commit)
+    (tree / "README.md").write_text("two\n")
+    assert measure.commit_of(tree) == commit
+    (tree / "poet" / "cli" / "main.py").write_text("2\n")
+    assert measure.commit_of(tree) == f"{commit} with changes"
+    assert measure.commit_of(tree / "poet") is None  # as a package installed inside another project's tree
+
+
+def test_a_tree_without_git_to_ask_has_no_commit(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    (tmp_path / ".git").mkdir()
+    assert measure.commit_of(tmp_path) is None  # git finds no repository there
+    monkeypatch.setenv("PATH", "/nowhere")
+    assert measure.commit_of(tmp_path) is None
