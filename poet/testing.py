@@ -30,6 +30,7 @@ __all__ = [
     "tiny_config",
     "tiny_defaults",
     "tiny_geometry",
+    "tiny_shards",
     "tiny_specs",
     "tiny_tokenizer_bundle",
     "tiny_vocabulary",
@@ -224,6 +225,40 @@ def tiny_bundle(directory: Path, *, seed: int = 0, config: dict[str, Any] | None
             lambda path: save_file(weights, path, metadata={"format": "pt"}),
             "A tiny bundle with random weights, for tests.\n",
         )
+
+
+def tiny_shards(bundle: Bundle, directory: Path, *, count: int = 23, seed: int = 0) -> Path:
+    """Write token shards of random clips with captions of many lengths, with picture and sound.
+
+    Args:
+        bundle: gives the vocabulary.
+        directory: made if missing.
+        count: clips.
+        seed: of codes and captions.
+    """
+    from poet.data.shards import EncodedClip, ShardWriter
+
+    vocabulary, rng = bundle.vocabulary, np.random.default_rng(seed)
+    clips = []
+    for number in range(count):
+        geometry = tiny_geometry(vocabulary, num_latent_frames=2 + number % 3)
+        parts = random_parts("text_to_video_audio", vocabulary, geometry, rng)
+        assert parts.video_out is not None
+        assert parts.audio_out is not None
+        clips.append(
+            EncodedClip(
+                key=f"clip-{number}",
+                text="a red star " + "rises " * (number % 5),
+                video_codes=parts.video_out.astype(np.int32),
+                audio_codes=parts.audio_out.astype(np.int32),
+                fps=geometry.fps,
+                resolution=geometry.resolution,
+            )
+        )
+    name = f"tiny?seed={seed}"
+    with ShardWriter(directory, fingerprint=vocabulary.fingerprint, source=name, source_length=count) as writer:
+        writer.write(clips, count)
+    return directory
 
 
 def in_processes(count: int, work: Callable[..., Any], *arguments: Any) -> list[Any]:

@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import os
+import sys
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Annotated, Any
+from typing import Annotated, Any, NoReturn
 
 import typer
 
@@ -22,9 +24,17 @@ def train(
         Path | None, typer.Option("-o", "--output", help="The run's directory; runs/NAME when left out.")
     ] = None,
     device: Annotated[str, typer.Option(help="cpu or cuda.")] = "cpu",
+    nproc: Annotated[
+        int | None,
+        typer.Option(
+            min=1, help="Train with Megatron-Core in so many processes on this machine; see recipes/pretraining."
+        ),
+    ] = None,
     json: Annotated[bool, typer.Option("--json", help="Print the result as one JSON object.")] = False,
 ) -> None:
     """Train a tokenizer or a language model. The same command goes on where an earlier one was stopped."""
+    if nproc is not None and "WORLD_SIZE" not in os.environ:
+        _launch(nproc)
     from poet.training.recipes import train as train_recipe
 
     directory = Path("runs") / recipe.stem if output is None else output
@@ -45,7 +55,16 @@ def train(
     }
     if result.finished:
         facts["export"] = str(directory / "export")
-    show_result(facts, json)
+    if os.environ.get("RANK", "0") == "0":
+        show_result(facts, json)
+
+
+def _launch(nproc: int) -> NoReturn:
+    """Become `torchrun`, which starts this command again in every process and hands signals on."""
+    launcher = [sys.executable, "-m", "torch.distributed.run", "--standalone", f"--nproc-per-node={nproc}"]
+    os.environ.setdefault("OMP_NUM_THREADS", "1")
+    # Behind the bars, so that the launcher does not take our options for its own.
+    os.execv(sys.executable, [*launcher, "-m", "--", "poet.cli.main", *sys.argv[1:]])
 
 
 def _shown(metrics: Mapping[str, float]) -> list[str]:

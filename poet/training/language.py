@@ -1,7 +1,8 @@
 """Trains the language model in one process: the reference that the parallel trainer is held against.
 
 Knows batches of scenes and the transformer; what an id means is the vocabulary's business, where scenes come from the
-loader's. Batch `s` of the loader belongs to step `s`, so a resumed run repeats and skips nothing.
+loader's. Batch `s` of the loader belongs to step `s`, so a resumed run repeats and skips nothing. `LanguageRun` is what
+both trainers share: everything but the model and the step.
 """
 
 from __future__ import annotations
@@ -28,9 +29,10 @@ from poet.model.weights import load_transformer
 from poet.training.ahead import DrawnAhead
 from poet.training.loop import ExponentialMovingAverage, cosine_schedule
 from poet.training.losses import backward_from_targets, modality_means, target_losses
+from poet.training.parallelism import Parallelism
 from poet.training.replicas import Replicas
 
-__all__ = ["LanguageRecipe", "LanguageTraining", "ModelSize"]
+__all__ = ["LanguageRecipe", "LanguageRun", "LanguageTraining", "ModelSize"]
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -82,6 +84,7 @@ class LanguageRecipe:
         export_dtype: of the exported weights.
         compile: whether to compile the transformer.
         seed: of weights, order and tasks.
+        parallel: how Megatron's trainer cuts the model among processes; the reference does not read it.
     """
 
     bundle: Path
@@ -108,6 +111,7 @@ class LanguageRecipe:
     export_dtype: Literal["float32", "bfloat16"] = "bfloat16"
     compile: bool = False
     seed: int = 0
+    parallel: Parallelism = dataclasses.field(default_factory=Parallelism)
 
     def __post_init__(self) -> None:
         for name in ("num_steps", "batch_size", "validation_batches", "learning_rate", "muon_learning_rate"):
@@ -115,7 +119,96 @@ class LanguageRecipe:
                 raise ConfigError(f"{name} must be positive, got {getattr(self, name)!r}.")
 
 
-class LanguageTraining:
+class LanguageRun:
+    """Data, sizes and export of a run: what does not depend on how the model is computed.
+
+    Args:
+        recipe: how to train.
+        device: where to train.
+
+    Raises:
+        CheckpointError: bundle or shards are missing, damaged or of another vocabulary.
+        ConfigError: sizes or tasks that cannot be used.
+    """
+
+    def __init__(self, recipe: LanguageRecipe, device: str | torch.device) -> None:
+        self.recipe, self.device = recipe, torch.device(device)
+        self.bundle = Bundle.open(recipe.bundle, require_model=False)
+        self.config = recipe.model.to_config(self.bundle.vocabulary.padded_vocab_size)
+        self.loader = self._open(recipe.shards, recipe.tasks, recipe.text_dropout)
+        self.validation = self._open(recipe.validation_shards, recipe.tasks, 0.0)
+
+    def learning_rate_share(self, step: int) -> float:
+        """Share of the highest learning rate that a step has."""
+        recipe = self.recipe
+        return cosine_schedule(step, recipe.warmup_steps, recipe.num_steps, recipe.learning_rate_floor)
+
+    def starting_weights(self) -> dict[str, Tensor] | None:
+        """The weights of `start_from` under their canonical names, or None.
+
+        Raises:
+            CheckpointError: they are missing, damaged, or of another vocabulary.
+            ConfigError: they are of other sizes.
+        """
+        path = self.recipe.start_from
+        if path is None:
+            return None
+        start = Bundle.open(path)
+        if start.fingerprint != self.bundle.fingerprint:
+            raise CheckpointError(
+                f"start_from {path} has the vocabulary {start.fingerprint[:12]}, the bundle {self.bundle.path} has "
+                f"{self.bundle.fingerprint[:12]}; their ids mean different things."
+            )
+        if start.model_config != self.config:
+            raise ConfigError(
+                f"start_from {path} has the sizes {start.model_config}, the recipe asks for {self.config}."
+            )
+        return load_transformer(path).state_dict()
+
+    def check_vocabulary(self, fingerprint: str) -> None:
+        """Raise unless a checkpoint's vocabulary is the bundle's.
+
+        Raises:
+            CheckpointError: they differ.
+        """
+        if fingerprint != self.bundle.fingerprint:
+            raise CheckpointError(
+                f"the checkpoint was trained with the vocabulary {fingerprint[:12]}, the bundle "
+                f"{self.bundle.path} has {self.bundle.fingerprint[:12]}. Name the bundle it was begun with."
+            )
+
+    def export_weights(self, directory: Path, state: Mapping[str, Tensor]) -> None:
+        """Write the bundle with these weights, all of them under their canonical names."""
+        dtype = getattr(torch, self.recipe.export_dtype)
+        weights = {name: tensor.to("cpu", dtype).contiguous() for name, tensor in state.items()}
+        config = self.config.to_huggingface_dict(fingerprint=self.bundle.fingerprint, dtype=self.recipe.export_dtype)
+        export_bundle(
+            directory,
+            self.bundle,
+            config | {TRAINED_TASKS_KEY: sorted(self.recipe.tasks)},
+            lambda path: save_file(weights, path, metadata={"format": "pt"}),
+            overwrite=True,
+        )
+
+    def _open(self, shards: Path, tasks: Mapping[str, float], text_dropout: float) -> SceneLoader:
+        sampler = SceneSampler(
+            self.bundle.vocabulary,
+            self.bundle.text_tokenizer,
+            tasks,
+            text_dropout=text_dropout,
+            optional_share=self.recipe.optional_share,
+            seed=self.recipe.seed,
+        )
+        return SceneLoader(
+            open_shards(shards, self.bundle.fingerprint),
+            sampler,
+            micro_batch_size=self.recipe.batch_size,
+            seed=self.recipe.seed,
+            max_length=self.config.scene_length,
+        )
+
+
+class LanguageTraining(LanguageRun):
     """A `Trainable` for `poet.training.loop.fit`.
 
     Args:
@@ -128,16 +221,12 @@ class LanguageTraining:
     """
 
     def __init__(self, recipe: LanguageRecipe, *, device: str | torch.device = "cpu") -> None:
-        self.recipe, self.device = recipe, torch.device(device)
-        self.bundle = Bundle.open(recipe.bundle, require_model=False)
-        vocabulary = self.bundle.vocabulary
-        self.config = recipe.model.to_config(vocabulary.padded_vocab_size)
-        self.loader = self._open(recipe.shards, recipe.tasks, recipe.text_dropout)
-        self.validation = self._open(recipe.validation_shards, recipe.tasks, 0.0)
+        super().__init__(recipe, device)
         torch.manual_seed(recipe.seed)
         self.model = PoetTransformer(self.config)
-        if recipe.start_from is not None:
-            self._start_from(recipe.start_from)
+        weights = self.starting_weights()
+        if weights is not None:
+            self.model.load_state_dict(weights)
         self.model.to(self.device)
         self.average = ExponentialMovingAverage(self.model, recipe.ema_decay)
         self.optimizers = _optimizers(self.model, recipe)
@@ -151,7 +240,7 @@ class LanguageTraining:
         """One optimiser step; returns losses by modality, ids and the gradient's norm."""
         recipe = self.recipe
         batch = self.ahead.take(step)
-        multiplier = cosine_schedule(step, recipe.warmup_steps, recipe.num_steps, recipe.learning_rate_floor)
+        multiplier = self.learning_rate_share(step)
         for optimizer, highest in self.optimizers.values():
             for group in optimizer.param_groups:
                 group["lr"] = highest * multiplier
@@ -202,11 +291,7 @@ class LanguageTraining:
             CheckpointError: the checkpoint belongs to another vocabulary.
             ConfigError: the data or its order differ.
         """
-        if state["fingerprint"] != self.bundle.fingerprint:
-            raise CheckpointError(
-                f"the checkpoint was trained with the vocabulary {state['fingerprint'][:12]}, the bundle "
-                f"{self.bundle.path} has {self.bundle.fingerprint[:12]}. Name the bundle it was begun with."
-            )
+        self.check_vocabulary(state["fingerprint"])
         self.loader.load_state_dict(state["loader"])
         self.model.load_state_dict(state["model"])
         self.average.load_state_dict(state["average"])
@@ -215,48 +300,7 @@ class LanguageTraining:
 
     def export(self, directory: Path) -> None:
         """Write the bundle with the averaged weights."""
-        dtype = getattr(torch, self.recipe.export_dtype)
-        weights = {
-            name: tensor.to("cpu", dtype).contiguous() for name, tensor in self.average.module.state_dict().items()
-        }
-        config = self.config.to_huggingface_dict(fingerprint=self.bundle.fingerprint, dtype=self.recipe.export_dtype)
-        export_bundle(
-            directory,
-            self.bundle,
-            config | {TRAINED_TASKS_KEY: sorted(self.recipe.tasks)},
-            lambda path: save_file(weights, path, metadata={"format": "pt"}),
-            overwrite=True,
-        )
-
-    def _open(self, shards: Path, tasks: Mapping[str, float], text_dropout: float) -> SceneLoader:
-        sampler = SceneSampler(
-            self.bundle.vocabulary,
-            self.bundle.text_tokenizer,
-            tasks,
-            text_dropout=text_dropout,
-            optional_share=self.recipe.optional_share,
-            seed=self.recipe.seed,
-        )
-        return SceneLoader(
-            open_shards(shards, self.bundle.fingerprint),
-            sampler,
-            micro_batch_size=self.recipe.batch_size,
-            seed=self.recipe.seed,
-            max_length=self.config.scene_length,
-        )
-
-    def _start_from(self, path: Path) -> None:
-        start = Bundle.open(path)
-        if start.fingerprint != self.bundle.fingerprint:
-            raise CheckpointError(
-                f"start_from {path} has the vocabulary {start.fingerprint[:12]}, the bundle {self.bundle.path} has "
-                f"{self.bundle.fingerprint[:12]}; their ids mean different things."
-            )
-        if start.model_config != self.config:
-            raise ConfigError(
-                f"start_from {path} has the sizes {start.model_config}, the recipe asks for {self.config}."
-            )
-        self.model.load_state_dict(load_transformer(path).state_dict())
+        self.export_weights(directory, self.average.module.state_dict())
 
     def _backward(self, batch: Batch, loss_mask: Tensor) -> Tensor:
         """(P,) losses of a batch's targets; the gradient of their mean has been added to the weights'."""

@@ -1,7 +1,8 @@
-"""The training loop: one process on a CPU or one GPU. Knows steps, checkpoints and logs, not what is being trained.
+"""The training loop. Knows steps, checkpoints and logs, not what is being trained nor by how many processes.
 
 A `Trainable` does one optimiser step at a time; every random draw in it is a pure function of the step or part of its
-state. So a run that was killed and resumed writes the same metrics, to the last digit, as one that was not.
+state. So a run that was killed and resumed writes the same metrics, to the last digit, as one that was not. Where
+several processes train together, each runs this loop; `Checkpoints` keeps them in step, and the leading one writes.
 """
 
 from __future__ import annotations
@@ -21,11 +22,12 @@ from typing import Any, Protocol
 
 import torch
 from safetensors import SafetensorError
-from torch import nn
+from torch import Tensor, nn
 
 from poet.errors import CheckpointError, ConfigError, PoetError
 
 __all__ = [
+    "Checkpoints",
     "ExponentialMovingAverage",
     "FitResult",
     "LoopConfig",
@@ -33,6 +35,7 @@ __all__ = [
     "Trainable",
     "cosine_schedule",
     "fit",
+    "lerp_averages",
     "writing",
 ]
 
@@ -57,6 +60,35 @@ class Trainable(Protocol):
 
     def export(self, directory: Path) -> None:
         """Write the finished thing."""
+
+
+class Checkpoints(Protocol):
+    """Where a run is saved, and what its processes agree about. All methods are called by all processes in turn.
+
+    Attributes:
+        leads: whether this process writes the log and the plot.
+    """
+
+    leads: bool
+
+    def agree(self, *flags: bool) -> tuple[bool, ...]:
+        """Of each flag, whether any process raises it."""
+
+    def save(self, trainable: Trainable, state: dict[str, Any]) -> None:
+        """Save the trainable and the loop's own state (plain values; the leading process's count).
+
+        Until the new checkpoint is whole, the one before it stays. Writing may go on behind the next steps.
+        """
+
+    def load(self, trainable: Trainable) -> dict[str, Any] | None:
+        """Load the newest whole checkpoint into the trainable and return the loop's state; None if there is none.
+
+        Raises:
+            CheckpointError: it cannot be read or belongs to another run.
+        """
+
+    def close(self) -> None:
+        """Wait until all that was saved is on disk."""
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -116,10 +148,8 @@ class ExponentialMovingAverage:
     @torch.no_grad()
     def update(self, module: nn.Module) -> None:
         """Move towards the present weights of `module`."""
-        decay = min(self.decay, (1 + self.num_updates) / (10 + self.num_updates))
+        lerp_averages(list(self.module.parameters()), list(module.parameters()), self.decay, self.num_updates)
         self.num_updates += 1
-        averages = [weight.detach() for weight in self.module.parameters()]
-        torch._foreach_lerp_(averages, [weight.detach() for weight in module.parameters()], 1 - decay)
         for buffer, new in zip(self.module.buffers(), module.buffers(), strict=True):
             buffer.copy_(new)
 
@@ -133,16 +163,31 @@ class ExponentialMovingAverage:
         self.module.load_state_dict(state["module"])
 
 
-def fit(trainable: Trainable, config: LoopConfig, directory: Path, *, progress: Progress | None = None) -> FitResult:
+@torch.no_grad()
+def lerp_averages(averages: list[Tensor], weights: list[Tensor], decay: float, num_updates: int) -> None:
+    """Move averages towards weights, in place, by min(decay, (1 + n) / (10 + n)) after n updates."""
+    share = min(decay, (1 + num_updates) / (10 + num_updates))
+    torch._foreach_lerp_([tensor.detach() for tensor in averages], [tensor.detach() for tensor in weights], 1 - share)
+
+
+def fit(
+    trainable: Trainable,
+    config: LoopConfig,
+    directory: Path,
+    *,
+    checkpoints: Checkpoints | None = None,
+    progress: Progress | None = None,
+) -> FitResult:
     """Train to the last step, from the newest checkpoint in `directory` if there is one.
 
-    Writes `checkpoint.pt`, `metrics.jsonl` and `loss.png` there, and the finished thing under `export/`. SIGINT and
+    Writes a checkpoint, `metrics.jsonl` and `loss.png` there, and the finished thing under `export/`. SIGINT and
     SIGTERM end the run after the present step, with a checkpoint.
 
     Args:
-        trainable: freshly built; a checkpoint in `directory` is loaded into it.
+        trainable: freshly built; a checkpoint is loaded into it.
         config: how often to log, validate and save.
         directory: of the run; made if missing.
+        checkpoints: of a run of several processes; None: one process, and `checkpoint.pt` in `directory`.
         progress: called after every step.
 
     Raises:
@@ -150,13 +195,15 @@ def fit(trainable: Trainable, config: LoopConfig, directory: Path, *, progress: 
             finite. The last checkpoint is kept.
     """
     started = time.monotonic()
+    checkpoints = _OneFile(directory) if checkpoints is None else checkpoints
     with writing(directory):
         directory.mkdir(parents=True, exist_ok=True)
-        step, pending = _resume(trainable, directory)
-        log = _MetricsLog(directory / "metrics.jsonl", pending)
+        step, pending, metrics_bytes = _resume(trainable, checkpoints)
+        log = _MetricsLog(directory / "metrics.jsonl", pending, metrics_bytes, writes=checkpoints.leads)
     saved_at, newest = time.monotonic(), log.read_newest()
-    with closing(log), _stop_on_signal() as stopped:
-        while step < config.num_steps and not stopped():
+    with closing(log), closing(checkpoints), _stop_on_signal() as stopped:
+        stop = checkpoints.agree(stopped())[0]
+        while step < config.num_steps and not stop:
             metrics = trainable.train_step(step)
             step += 1
             _check_finite(metrics, step)
@@ -165,13 +212,16 @@ def fit(trainable: Trainable, config: LoopConfig, directory: Path, *, progress: 
                 newest |= log.write(step)
             if step % config.validate_every == 0 or step == config.num_steps:
                 newest |= log.write_validation(step, trainable.validate(step))
-                _plot(directory / "metrics.jsonl", directory / "loss.png")
+                if checkpoints.leads:
+                    _plot(directory / "metrics.jsonl", directory / "loss.png")
             if progress is not None:
                 progress(step, config.num_steps, newest)
-            if time.monotonic() - saved_at >= config.checkpoint_seconds:
-                _save(trainable, step, log, directory)
+            due = checkpoints.leads and time.monotonic() - saved_at >= config.checkpoint_seconds
+            stop, due = checkpoints.agree(stopped(), due)
+            if due:
+                _save(trainable, step, log, checkpoints)
                 saved_at = time.monotonic()
-        _save(trainable, step, log, directory)
+        _save(trainable, step, log, checkpoints)
     finished = step >= config.num_steps
     if finished:
         with writing(directory / "export"):
@@ -202,70 +252,105 @@ def writing(path: Path) -> Iterator[None]:
         ) from error
 
 
-def _save(trainable: Trainable, step: int, log: _MetricsLog, directory: Path) -> None:
-    """Write the checkpoint beside the old one, then rename it: a kill leaves one of the two whole."""
+def _save(trainable: Trainable, step: int, log: _MetricsLog, checkpoints: Checkpoints) -> None:
     state = {
         "step": step,
-        "trainable": trainable.state_dict(),
         "pending": log.pending,
         "random": torch.get_rng_state(),
         "metrics_bytes": log.flush(),
     }
-    target, beside = directory / "checkpoint.pt", directory / "checkpoint.pt.tmp"
-    try:
-        with beside.open("wb") as file:
-            torch.save(state, file)
-            file.flush()
-            os.fsync(file.fileno())
-        beside.replace(target)
-    except (OSError, RuntimeError) as error:  # torch.save says RuntimeError when the file cannot take any more
-        beside.unlink(missing_ok=True)
-        raise CheckpointError(
-            f"the checkpoint {target} cannot be written: {error}. The one before it is kept; free some space."
-        ) from error
+    checkpoints.save(trainable, state)
 
 
-def _resume(trainable: Trainable, directory: Path) -> tuple[int, dict[str, list[float]]]:
-    """Load the checkpoint, drop metrics that came after it, and return its step and the metrics not yet averaged."""
-    file, metrics = directory / "checkpoint.pt", directory / "metrics.jsonl"
-    (directory / "checkpoint.pt.tmp").unlink(missing_ok=True)
-    if not file.exists():
-        metrics.unlink(missing_ok=True)
-        return 0, {}
+def _resume(trainable: Trainable, checkpoints: Checkpoints) -> tuple[int, dict[str, list[float]], int]:
+    """Load the checkpoint; its step, the metrics not yet averaged, and the length of the log that belongs to it."""
+    state = checkpoints.load(trainable)
+    if state is None:
+        return 0, {}, 0
     try:
-        state = torch.load(file, map_location="cpu", weights_only=True)
-    except Exception as error:
-        raise CheckpointError(f"the checkpoint {file} cannot be read: {error}. Delete it to start anew.") from error
-    try:
-        trainable.load_state_dict(state["trainable"])
         torch.set_rng_state(state["random"])
-        step, pending, metrics_bytes = int(state["step"]), dict(state["pending"]), int(state["metrics_bytes"])
-    except PoetError:
-        raise
+        return int(state["step"]), dict(state["pending"]), int(state["metrics_bytes"])
     except (KeyError, RuntimeError, TypeError, ValueError) as error:
         raise CheckpointError(
-            f"the checkpoint {file} does not fit what is being trained: {error}. Name another directory."
+            f"the checkpoint does not fit what is being trained: {error!r}. Name another directory."
         ) from error
-    with metrics.open("a+b") as lines:
-        if lines.tell() > metrics_bytes:  # truncating a shorter file would fill it up with zeros
-            lines.truncate(metrics_bytes)
-    return step, pending
+
+
+class _OneFile:
+    """`checkpoint.pt`, the checkpoint of a run of one process."""
+
+    leads = True
+
+    def __init__(self, directory: Path) -> None:
+        self.file, self.beside = directory / "checkpoint.pt", directory / "checkpoint.pt.tmp"
+
+    def agree(self, *flags: bool) -> tuple[bool, ...]:
+        return flags
+
+    def save(self, trainable: Trainable, state: dict[str, Any]) -> None:
+        """Write beside the old checkpoint, then rename: a kill leaves one of the two whole."""
+        try:
+            with self.beside.open("wb") as file:
+                torch.save({**state, "trainable": trainable.state_dict()}, file)
+                file.flush()
+                os.fsync(file.fileno())
+            self.beside.replace(self.file)
+        except (OSError, RuntimeError) as error:  # torch.save says RuntimeError when the file cannot take any more
+            self.beside.unlink(missing_ok=True)
+            raise CheckpointError(
+                f"the checkpoint {self.file} cannot be written: {error}. The one before it is kept; free some space."
+            ) from error
+
+    def load(self, trainable: Trainable) -> dict[str, Any] | None:
+        self.beside.unlink(missing_ok=True)
+        if not self.file.exists():
+            return None
+        try:
+            state: dict[str, Any] = torch.load(self.file, map_location="cpu", weights_only=True)
+        except Exception as error:
+            raise CheckpointError(
+                f"the checkpoint {self.file} cannot be read: {error}. Delete it to start anew."
+            ) from error
+        try:
+            trainable.load_state_dict(state.pop("trainable"))
+        except PoetError:
+            raise
+        except (KeyError, RuntimeError, TypeError, ValueError) as error:
+            raise CheckpointError(
+                f"the checkpoint {self.file} does not fit what is being trained: {error}. Name another directory."
+            ) from error
+        return state
+
+    def close(self) -> None:
+        """Nothing is written behind."""
 
 
 class _MetricsLog:
-    """`metrics.jsonl`: a line of averages every few steps, and a line for every validation."""
+    """`metrics.jsonl`: a line of averages every few steps, and a line for every validation.
 
-    def __init__(self, path: Path, pending: Mapping[str, list[float]]) -> None:
+    Args:
+        path: of the file; what it holds beyond `kept_bytes` came after the checkpoint and is dropped.
+        pending: values not yet averaged, of the checkpoint.
+        kept_bytes: see `path`.
+        writes: whether this process writes the file; others average without a word.
+    """
+
+    def __init__(self, path: Path, pending: Mapping[str, list[float]], kept_bytes: int, *, writes: bool) -> None:
         self.path, self.pending = path, {name: list(values) for name, values in pending.items()}
         # Unbuffered, so that a line that does not fit on the disk is not written by a later close.
-        self.file = path.open("ab", buffering=0)
+        self.file = path.open("ab", buffering=0) if writes else None
+        if self.file is not None and self.file.tell() > kept_bytes:  # truncating a shorter file would add zeros
+            self.file.truncate(kept_bytes)
 
     def close(self) -> None:
-        self.file.close()
+        if self.file is not None:
+            self.file.close()
 
     def read_newest(self) -> dict[str, float]:
         """The newest value of every metric that the log holds."""
         newest: dict[str, float] = {}
+        if self.file is None:
+            return newest
         for line in self.path.read_text(encoding="utf-8").splitlines():
             newest |= json.loads(line)
         newest.pop("step", None)
@@ -285,12 +370,16 @@ class _MetricsLog:
 
     def flush(self) -> int:
         """Bytes that are safely on disk."""
+        if self.file is None:
+            return 0
         with writing(self.path):
             os.fsync(self.file.fileno())
             return os.fstat(self.file.fileno()).st_size
 
     def _write(self, step: int, metrics: dict[str, float]) -> dict[str, float]:
         line = (json.dumps({"step": step, **metrics}) + "\n").encode()
+        if self.file is None:
+            return metrics
         with writing(self.path):
             if self.file.write(line) != len(line):
                 raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))

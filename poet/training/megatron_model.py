@@ -17,7 +17,7 @@ import dataclasses
 import functools
 from collections import OrderedDict
 from collections.abc import Iterator, Mapping
-from typing import Any, Literal
+from typing import Any
 
 import torch
 from einops import rearrange
@@ -50,92 +50,14 @@ from poet.model.attention import AttentionMask, SceneLayout, attend
 from poet.model.config import PoetConfig
 from poet.model.transformer import INITIAL_DEVIATION, RMSNorm, residual_deviation, rotary_angles, rotate
 from poet.training import megatron_keymap
+from poet.training.parallelism import Parallelism
 
-__all__ = ["LayoutBook", "Parallelism", "PoetGPTModel", "load_weights", "to_transformer_config"]
+__all__ = ["LayoutBook", "PoetGPTModel", "load_weights", "to_transformer_config"]
 
 TARGETS_AT_ONCE = 4096
 """Targets whose logits exist at a time; those of a chunk are made again in the backward pass."""
 
 FLEX_BLOCK = 128
-
-
-@dataclasses.dataclass(frozen=True, kw_only=True)
-class Parallelism:
-    """How a model is cut among processes; what is left of them is data parallel.
-
-    Attributes:
-        tensor_parallel_size: processes that share every matrix.
-        pipeline_parallel_size: stages that share the layers.
-        context_parallel_size: 1; Poet does not cut scenes among processes.
-        sequence_parallel: whether tensor-parallel processes share norms and the residual stream by places.
-        first_stage_layers: layers of the first stage; null shares evenly. It also holds the embedding.
-        last_stage_layers: of the last, which also holds the head.
-        distributed_optimizer: whether data-parallel processes share the optimizer's state.
-        micro_batch_size: rows of a forward pass; null takes all rows of a process at once.
-        recompute: what is computed again in the backward pass: "none", "selective" (attention), or "full" (layers).
-
-    Raises:
-        ConfigError: a value that cannot be used.
-    """
-
-    tensor_parallel_size: int = 1
-    pipeline_parallel_size: int = 1
-    context_parallel_size: int = 1
-    sequence_parallel: bool = False
-    first_stage_layers: int | None = None
-    last_stage_layers: int | None = None
-    distributed_optimizer: bool = False
-    micro_batch_size: int | None = None
-    recompute: Literal["none", "selective", "full"] = "none"
-
-    def __post_init__(self) -> None:
-        for name in ("tensor_parallel_size", "pipeline_parallel_size"):
-            if getattr(self, name) < 1:
-                raise ConfigError(f"{name} must be at least 1, got {getattr(self, name)}.")
-        for name in ("first_stage_layers", "last_stage_layers", "micro_batch_size"):
-            value = getattr(self, name)
-            if value is not None and value < 1:
-                raise ConfigError(f"{name} must be at least 1 or null, got {value}.")
-        if self.context_parallel_size != 1:
-            raise ConfigError(
-                f"context_parallel_size must be 1, got {self.context_parallel_size}: a scene is never cut among "
-                "processes. Scenes are short; use tensor_parallel_size with sequence_parallel for long films."
-            )
-        if self.sequence_parallel and self.tensor_parallel_size == 1:
-            raise ConfigError("sequence_parallel must come with a tensor_parallel_size above 1, got 1.")
-        uneven = self.first_stage_layers is not None or self.last_stage_layers is not None
-        if uneven and self.pipeline_parallel_size == 1:
-            raise ConfigError(
-                "first_stage_layers and last_stage_layers must come with a pipeline_parallel_size above 1."
-            )
-
-    @property
-    def model_parallel_size(self) -> int:
-        """Processes that hold one copy of the model."""
-        return self.tensor_parallel_size * self.pipeline_parallel_size
-
-    def check_fits(self, config: PoetConfig) -> None:
-        """Raise unless the model can be cut so.
-
-        Raises:
-            ConfigError: a size that does not divide, or stages without layers.
-        """
-        for name in ("num_heads", "num_kv_heads", "ffn_hidden_size", "vocab_size"):
-            if getattr(config, name) % self.tensor_parallel_size:
-                raise ConfigError(
-                    f"tensor_parallel_size must divide {name}, got {self.tensor_parallel_size} and "
-                    f"{getattr(config, name)}."
-                )
-        layers, stages = config.num_layers, self.pipeline_parallel_size
-        for given in (self.first_stage_layers, self.last_stage_layers):
-            if given is not None:
-                layers, stages = layers - given, stages - 1
-        fits = layers == 0 if stages == 0 else layers >= stages and layers % stages == 0
-        if not fits:
-            raise ConfigError(
-                f"the {config.num_layers} layers must be shared evenly by the stages whose layers are not given; "
-                f"{stages} such stages are left with {layers} layers. Set first_stage_layers or last_stage_layers."
-            )
 
 
 def to_transformer_config(config: PoetConfig, parallelism: Parallelism, *, bf16: bool = False) -> TransformerConfig:

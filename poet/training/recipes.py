@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import functools
+import os
 import time
 from collections.abc import Mapping, Sequence
 from pathlib import Path
@@ -27,6 +28,7 @@ from poet.training.video_tokenizer import VideoTokenizerRecipe, VideoTokenizerTr
 __all__ = ["KINDS", "LoopOptions", "train"]
 
 KINDS = ("video_tokenizer", "audio_tokenizer", "text_tokenizer", "tokenizer_bundle", "language")
+LAYOUT_KEYS = frozenset({"parallel"})  # what a run may go on without: it changes nothing that is learnt
 RECIPE_FILE = "recipe.yaml"
 ENDLESS = 10**9  # clips of a source that is drawn
 
@@ -67,6 +69,9 @@ def train(
 ) -> FitResult:
     """Train what a recipe names, or go on where an earlier run in `directory` stopped.
 
+    In a process that a launcher such as `torchrun` has started, a language model is trained with Megatron-Core,
+    together with the launcher's other processes.
+
     Args:
         recipe: a YAML file.
         overrides: "key=value" each.
@@ -88,6 +93,18 @@ def train(
         return _train_text(build(TextTokenizerRecipe, values), directory)
     if kind == "tokenizer_bundle":
         return _assemble(build(TokenizerBundleRecipe, values), directory)
+    launched = "WORLD_SIZE" in os.environ
+    if launched and kind != "language":
+        raise ConfigError(f"several processes can train a recipe of 'language' only, got {kind!r}. Leave --nproc out.")
+    if launched:
+        language = build(LanguageRecipe, values)
+        if os.environ.get("RANK", "0") == "0":
+            _keep_recipe({"train": kind, **to_plain(language)}, directory)
+        loop = LoopConfig(num_steps=language.num_steps, **dataclasses.asdict(options))
+        # Only here: Megatron takes seconds to import, and whoever trains alone need not have it.
+        from poet.training.megatron_trainer import train_with_megatron
+
+        return train_with_megatron(language, loop, directory, device=device, progress=progress)
     settings, trainable = _build(kind, values, device)
     _keep_recipe({"train": kind, **to_plain(settings)}, directory)
     loop = LoopConfig(num_steps=settings.num_steps, **dataclasses.asdict(options))
@@ -193,9 +210,10 @@ def _keep_recipe(resolved: Mapping[str, Any], directory: Path) -> None:
     with writing(directory):
         directory.mkdir(parents=True, exist_ok=True)
     file = directory / RECIPE_FILE
-    if (directory / "checkpoint.pt").exists() and file.exists():
+    if ((directory / "checkpoint.pt").exists() or (directory / "checkpoints").exists()) and file.exists():
         begun = _read_begun(file)
-        differing = sorted(key for key in {**begun, **resolved} if begun.get(key) != resolved.get(key))
+        keys = {**begun, **resolved}.keys() - LAYOUT_KEYS
+        differing = sorted(key for key in keys if begun.get(key) != resolved.get(key))
         if differing:
             said = "; ".join(f"{key} was {begun.get(key)!r}, is {resolved.get(key)!r}" for key in differing)
             raise ConfigError(f"{directory} holds a run of another recipe: {said}. Name another directory with -o.")

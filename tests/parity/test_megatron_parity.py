@@ -18,7 +18,8 @@ from poet.model.transformer import PoetTransformer
 from poet.testing import in_processes
 from poet.training.losses import target_losses
 from poet.training.megatron_cpu import cpu_for_cuda
-from poet.training.megatron_model import Parallelism, PoetGPTModel, load_weights, to_transformer_config
+from poet.training.megatron_model import PoetGPTModel, load_weights, to_transformer_config
+from poet.training.parallelism import Parallelism
 
 CONFIG = PoetConfig(
     vocab_size=384,
