@@ -7,6 +7,11 @@ tokenizers are imported only by the functions that build them.
 from __future__ import annotations
 
 import dataclasses
+import importlib.util
+import inspect
+import multiprocessing
+import pickle
+import sys
 import tempfile
 from collections.abc import Callable
 from pathlib import Path
@@ -264,33 +269,45 @@ def tiny_shards(bundle: Bundle, directory: Path, *, count: int = 23, seed: int =
 def in_processes(count: int, work: Callable[..., Any], *arguments: Any) -> list[Any]:
     """Call a function in several processes at once that talk to each other over gloo.
 
-    The processes are forks of this one, so nothing is imported again; this one must not have started threads that the
-    function needs.
+    The processes are forks of a server that has imported what they need and has done nothing else: quick to start, and
+    without the threads and locks of this process.
 
     Args:
         count: processes.
-        work: called with `arguments` in each, inside an initialised `torch.distributed`.
-        *arguments: handed on.
+        work: a function at the top of its file, called with `arguments` in each, inside an initialised
+            `torch.distributed`.
+        *arguments: handed on; they are pickled.
 
     Returns:
         What each returned (anything that `torch.save` takes), by rank.
 
     Raises:
         torch.multiprocessing.ProcessRaisedException: one failed; the others are ended.
+        torch.multiprocessing.ProcessExitedException: one was killed; the others are ended.
     """
     import torch
     from torch.multiprocessing.spawn import start_processes
 
+    multiprocessing.set_forkserver_preload(["poet.testing", "poet.training.megatron_trainer"])
     with tempfile.TemporaryDirectory() as folder:
-        start_processes(_in_process, (count, folder, work, arguments), nprocs=count, start_method="fork")
+        file, name = inspect.getfile(work), work.__module__
+        Path(folder, "work.pickle").write_bytes(pickle.dumps((work, arguments)))
+        start_processes(_in_process, (count, folder, name, file), nprocs=count, start_method="forkserver")
         return [torch.load(Path(folder, f"{rank}.pt"), weights_only=False) for rank in range(count)]
 
 
-def _in_process(rank: int, count: int, folder: str, work: Callable[..., Any], arguments: tuple[Any, ...]) -> None:
+def _in_process(rank: int, count: int, folder: str, name: str, file: str) -> None:
     import torch
     from torch import distributed
 
     torch.set_num_threads(1)
+    if name not in sys.modules:  # a test's file is no module that could be imported by its name
+        spec = importlib.util.spec_from_file_location(name, file)
+        assert spec is not None
+        assert spec.loader is not None
+        sys.modules[name] = importlib.util.module_from_spec(spec)
+        spec.loader.exec_module(sys.modules[name])
+    work, arguments = pickle.loads(Path(folder, "work.pickle").read_bytes())
     distributed.init_process_group("gloo", init_method=f"file://{folder}/meeting", rank=rank, world_size=count)
     torch.save(work(*arguments), Path(folder, f"{rank}.pt"))
     distributed.barrier()

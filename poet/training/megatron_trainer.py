@@ -22,6 +22,7 @@ from typing import Any, Final, cast
 
 import torch
 from megatron.core import dist_checkpointing, parallel_state
+from megatron.core.dist_checkpointing.core import CheckpointingException
 from megatron.core.dist_checkpointing.strategies.async_utils import AsyncCallsQueue
 from megatron.core.distributed import (
     DistributedDataParallel,
@@ -32,10 +33,11 @@ from megatron.core.optimizer import OptimizerConfig, get_megatron_optimizer
 from megatron.core.pipeline_parallel import get_forward_backward_func
 from megatron.core.transformer.module import Float16Module
 from torch import Tensor, distributed
+from torch.distributed.checkpoint.api import CheckpointException
 
 from poet.data.loader import Batch
 from poet.data.packing import MODALITIES
-from poet.errors import CheckpointError, ConfigError
+from poet.errors import CheckpointError, ConfigError, PoetError
 from poet.model.attention import SceneLayout
 from poet.training import megatron_keymap
 from poet.training.ahead import DrawnAhead
@@ -287,7 +289,7 @@ class MegatronTraining(LanguageRun):
         model = self.model.sharded_state_dict()
         averages = {id(weight): average for weight, average in zip(self.parameters, self.averages, strict=True)}
         return {
-            "model": model,
+            **model,
             "average": {
                 name: dataclasses.replace(part, key=f"average.{part.key}", data=averages[id(part.data)])
                 for name, part in model.items()
@@ -321,12 +323,22 @@ class MegatronTraining(LanguageRun):
     def load_sharded(self, state: Mapping[str, Any]) -> None:
         """Take over what was loaded into a `sharded_state_dict`."""
         self.averages = [state["average"][name].float() for name, _ in self.model.named_parameters()]
-        self.model.load_state_dict(state["model"])
+        names = self.model.state_dict().keys()
+        self.model.load_state_dict({name: value for name, value in state.items() if name in names})
         self.optimizer.load_state_dict(state["optimizer"])
         for inner in self._inner_optimizers():
             for kept in inner.state.values():
                 # Megatron hands one number of steps to all weights, which PyTorch would then count up once for each.
                 kept["step"] = kept["step"].clone()
+
+    def about(self) -> dict[str, Any]:
+        """What a checkpoint says of itself to whoever converts it: `poet_conversions.formats.megatron.About`."""
+        return {
+            "config": self.config.to_dict(),
+            "fingerprint": self.bundle.fingerprint,
+            "trained_tasks": sorted(self.recipe.tasks),
+            "dtype": self.recipe.export_dtype,
+        }
 
     def state_dict(self) -> dict[str, Any]:
         """What is the same in all processes, as plain values; the rest is in `sharded_state_dict`."""
@@ -429,7 +441,9 @@ class DistributedCheckpoints:
         if target.exists():
             return
         request = dist_checkpointing.save(
-            {**trainable.sharded_state_dict(), "loop": shared[0]}, str(beside), async_sharded_save=True
+            {**trainable.sharded_state_dict(), "loop": shared[0], "poet": trainable.about()},
+            str(beside),
+            async_sharded_save=True,
         )
         self._queue.schedule_async_request(request)
         self._written.append(beside)
@@ -450,7 +464,17 @@ class DistributedCheckpoints:
             state = dist_checkpointing.load(trainable.sharded_state_dict(is_loading=True), str(newest))
             trainable.load_sharded(state)
             return {name: value for name, value in common["loop"].items() if name != "trainable"}
-        except (KeyError, RuntimeError, TypeError, ValueError, OSError) as error:
+        except PoetError:
+            raise
+        except (
+            CheckpointException,
+            CheckpointingException,
+            LookupError,
+            RuntimeError,
+            TypeError,
+            ValueError,
+            OSError,
+        ) as error:
             raise CheckpointError(
                 f"the checkpoint {newest} does not fit what is being trained, or cannot be read: {error!r}. Name "
                 "another directory, or delete it to go on from the one before."

@@ -1,6 +1,6 @@
 """Megatron's model against the reference transformer: the same weights, in every cut, float32.
 
-Processes are forks that talk over gloo. The tolerance of 1e-4 relative allows for sums in another order.
+Processes talk over gloo. The tolerance of 1e-4 relative allows for sums in another order.
 """
 
 from typing import Any

@@ -1,0 +1,160 @@
+"""Between a bundle and a Megatron checkpoint, whichever is given, and the comparison of both afterwards.
+
+Joins the parts: reading and writing are `formats`', names are `poet.training.megatron_keymap`'s.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+from pathlib import Path
+from typing import Any, Literal
+
+import torch
+import yaml
+from safetensors.torch import save_file
+from torch import Tensor
+
+from poet.bundle import TRAINED_TASKS_KEY, Bundle, check_fingerprint, export_bundle
+from poet.errors import CheckpointError, ConfigError
+from poet.model.attention import SceneLayout
+from poet.model.config import PoetConfig
+from poet.model.weights import load_transformer
+from poet_conversions.formats import megatron
+
+__all__ = ["Agreement", "compare", "convert", "find_checkpoint"]
+
+Kind = Literal["bundle", "megatron"]
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Agreement:
+    """How much two models say the same.
+
+    Attributes:
+        largest_difference: between two logits of one id at one place.
+        largest_logit: of all, by size, to compare the difference with.
+        greedy: share of places at which both find the same id likeliest.
+    """
+
+    largest_difference: float
+    largest_logit: float
+    greedy: float
+
+
+def find_checkpoint(path: Path) -> Path | None:
+    """The Megatron checkpoint that `path` is, or the newest of the training run that it is; None if it is neither."""
+    if megatron.is_checkpoint(path):
+        return path
+    return max(
+        (found for found in path.glob("checkpoints/step-????????") if megatron.is_checkpoint(found)), default=None
+    )
+
+
+def convert(source: Path, target: Path, *, bundle: Path | None = None, which: megatron.Which = "averaged") -> Kind:
+    """Convert a bundle to a Megatron checkpoint, or a Megatron checkpoint or training run to a bundle.
+
+    Args:
+        source: what there is.
+        target: what shall be; must not exist.
+        bundle: for a checkpoint, the bundle whose vocabulary and tokenizers the new one gets; None takes that of the
+            training run's recipe.
+        which: weights of a training run, averaged or those that are being trained.
+
+    Returns:
+        What `target` is.
+
+    Raises:
+        CheckpointError: `source` is neither, is damaged or of another vocabulary than `bundle`, or `target` exists.
+        ConfigError: there is no bundle to take the tokenizers from.
+    """
+    if target.exists():
+        raise CheckpointError(f"{target} is there already and would be written over. Name another directory.")
+    checkpoint = find_checkpoint(source)
+    if checkpoint is None:
+        found = Bundle.open(source)
+        megatron.write_weights(target, load_transformer(source).state_dict(), _about(found))
+        return "megatron"
+    rest = _bundle_of(source) if bundle is None else bundle
+    tokenizers = Bundle.open(rest, require_model=False)
+    about = megatron.read_about(checkpoint)
+    check_fingerprint(about.fingerprint, tokenizers.fingerprint, str(checkpoint), f"{rest} is of another vocabulary.")
+    weights = megatron.read_weights(checkpoint, which)
+    _write_bundle(target, tokenizers, weights, about)
+    return "bundle"
+
+
+def compare(one: Path, other: Path, *, which: megatron.Which = "averaged", rows: int = 3, seed: int = 0) -> Agreement:
+    """Compute both models' logits on random scenes and compare them; each is computed by its own implementation.
+
+    Args:
+        one: a bundle, a Megatron checkpoint, or a training run.
+        other: likewise, of the same sizes.
+        which: weights of a training run.
+        rows: scenes, with prefixes of different lengths.
+        seed: of the ids.
+
+    Raises:
+        ConfigError: the models have other sizes.
+        CheckpointError: one is damaged.
+    """
+    config = _config_of(one)
+    if config != _config_of(other):
+        raise ConfigError(f"{one} and {other} must have the same sizes to be compared, they have not.")
+    length = min(config.scene_length, 256)
+    generator = torch.Generator().manual_seed(seed)
+    ids = torch.randint(0, config.vocab_size, (rows, length), generator=generator)
+    prefixes = torch.arange(rows) * length // (2 * rows)
+    layout = SceneLayout.from_prefix_lengths(prefixes, torch.full_like(prefixes, length), length)
+    first, second = (_logits(path, ids, layout, which) for path in (one, other))
+    return Agreement(
+        largest_difference=float((first - second).abs().max()),
+        largest_logit=float(first.abs().max()),
+        greedy=float((first.argmax(-1) == second.argmax(-1)).float().mean()),
+    )
+
+
+@torch.inference_mode()
+def _logits(path: Path, ids: Tensor, layout: SceneLayout, which: megatron.Which) -> Tensor:
+    checkpoint = find_checkpoint(path)
+    if checkpoint is not None:
+        return megatron.compute_logits(checkpoint, ids, layout, which)
+    model = load_transformer(path)
+    return model.logits(model(ids, layout))
+
+
+def _config_of(path: Path) -> PoetConfig:
+    checkpoint = find_checkpoint(path)
+    return Bundle.open(path).model_config if checkpoint is None else megatron.read_about(checkpoint).config
+
+
+def _about(bundle: Bundle) -> megatron.About:
+    content: dict[str, Any] = json.loads((bundle.path / "config.json").read_text(encoding="utf-8"))
+    tasks = content.get(TRAINED_TASKS_KEY)
+    return megatron.About(
+        config=bundle.model_config,
+        fingerprint=bundle.fingerprint,
+        trained_tasks=None if tasks is None else tuple(tasks),
+        dtype=str(content.get("dtype", "float32")),
+    )
+
+
+def _bundle_of(run: Path) -> Path:
+    """The bundle that a training run's recipe names."""
+    recipe = run / "recipe.yaml"
+    if not recipe.is_file():
+        raise ConfigError(
+            f"{run} is no training run that names its bundle: name the one whose tokenizers belong to it with --bundle."
+        )
+    try:
+        return Path(yaml.safe_load(recipe.read_text(encoding="utf-8"))["bundle"])
+    except (OSError, UnicodeDecodeError, yaml.YAMLError, KeyError, TypeError) as error:
+        raise CheckpointError(f"{recipe} cannot be read: {error!r}. Name the bundle with --bundle.") from error
+
+
+def _write_bundle(target: Path, tokenizers: Bundle, weights: dict[str, Tensor], about: megatron.About) -> None:
+    dtype = getattr(torch, about.dtype)
+    stored = {name: weight.to(dtype).contiguous() for name, weight in weights.items()}
+    config = about.config.to_huggingface_dict(fingerprint=about.fingerprint, dtype=about.dtype)
+    tasks = {} if about.trained_tasks is None else {TRAINED_TASKS_KEY: list(about.trained_tasks)}
+    export_bundle(target, tokenizers, config | tasks, lambda path: save_file(stored, path, metadata={"format": "pt"}))
