@@ -27,6 +27,7 @@ from poet.model.config import PoetConfig
 from poet.model.transformer import PoetTransformer
 from poet.model.weights import load_transformer
 from poet.training.ahead import DrawnAhead
+from poet.training.guard import StepGuard
 from poet.training.loop import ExponentialMovingAverage, cosine_schedule
 from poet.training.losses import backward_from_targets, modality_means, target_losses
 from poet.training.parallelism import Parallelism
@@ -79,6 +80,9 @@ class LanguageRecipe:
         weight_decay: of matrices; gains are not decayed.
         ema_decay: of the averaged weights, which are what is measured and exported.
         gradient_clip: largest norm of the gradient.
+        spike_ratio: a step whose loss is more than so many times the median of the last 64 is left out, like one whose
+            loss or gradient is no number.
+        max_skipped_steps: so many left out one after another end the run.
         validation_batches: batches to measure on.
         precision: "bf16" (autocast) or "fp32".
         export_dtype: of the exported weights.
@@ -106,6 +110,8 @@ class LanguageRecipe:
     weight_decay: float = 0.05
     ema_decay: float = 0.995
     gradient_clip: float = 1.0
+    spike_ratio: float = 4.0
+    max_skipped_steps: int = 20
     validation_batches: int = 8
     precision: Literal["bf16", "fp32"] = "bf16"
     export_dtype: Literal["float32", "bfloat16"] = "bfloat16"
@@ -117,6 +123,11 @@ class LanguageRecipe:
         for name in ("num_steps", "batch_size", "validation_batches", "learning_rate", "muon_learning_rate"):
             if not getattr(self, name) > 0:
                 raise ConfigError(f"{name} must be positive, got {getattr(self, name)!r}.")
+        if self.spike_ratio <= 1 or self.max_skipped_steps < 0:
+            raise ConfigError(
+                "spike_ratio must be above 1 and max_skipped_steps not negative, got "
+                f"{self.spike_ratio!r} and {self.max_skipped_steps!r}."
+            )
 
 
 class LanguageRun:
@@ -135,8 +146,24 @@ class LanguageRun:
         self.recipe, self.device = recipe, torch.device(device)
         self.bundle = Bundle.open(recipe.bundle, require_model=False)
         self.config = recipe.model.to_config(self.bundle.vocabulary.padded_vocab_size)
+        self.guard = StepGuard(recipe.spike_ratio, recipe.max_skipped_steps)
         self.loader = self._open(recipe.shards, recipe.tasks, recipe.text_dropout)
         self.validation = self._open(recipe.validation_shards, recipe.tasks, 0.0)
+
+    def step_metrics(
+        self, step: int, batch: Batch, losses: Mapping[str, float], gradient_norm: float, *, admitted: bool
+    ) -> dict[str, float]:
+        """What a step reports. Losses and norm of a step that was left out are left out: they would spoil the means."""
+        ids = float(batch["lengths"].sum())
+        measured = {**losses, "gradient_norm": gradient_norm} if admitted else {}
+        return {
+            **measured,
+            "skipped": float(not admitted),
+            "learning_rate": self.recipe.learning_rate * self.learning_rate_share(step),
+            "ids": ids,
+            "padding_share": 1 - ids / batch["ids"].numel(),
+            "epoch": self.loader.epoch_of(step),
+        }
 
     def learning_rate_share(self, step: int) -> float:
         """Share of the highest learning rate that a step has."""
@@ -248,18 +275,14 @@ class LanguageTraining(LanguageRun):
         self.model.zero_grad(set_to_none=True)
         losses = self._backward(batch, loss_mask)
         norm = nn.utils.clip_grad_norm_(self.model.parameters(), recipe.gradient_clip)
-        for optimizer, _ in self.optimizers.values():
-            optimizer.step()
-        self.average.update(self.model)
-        return {
-            "loss": float(losses.mean()),
-            **modality_means(losses, batch["modality"].to(self.device), loss_mask, MODALITIES),
-            "gradient_norm": float(norm),
-            "learning_rate": recipe.learning_rate * multiplier,
-            "ids": float(batch["lengths"].sum()),
-            "padding_share": 1 - float(batch["lengths"].sum()) / batch["ids"].numel(),
-            "epoch": self.loader.epoch_of(step),
-        }
+        loss = float(losses.mean())
+        admitted = self.guard.admits(step, loss, float(norm))
+        if admitted:
+            for optimizer, _ in self.optimizers.values():
+                optimizer.step()
+            self.average.update(self.model)
+        means = modality_means(losses, batch["modality"].to(self.device), loss_mask, MODALITIES)
+        return self.step_metrics(step, batch, {"loss": loss, **means}, float(norm), admitted=admitted)
 
     @torch.no_grad()
     def validate(self, step: int) -> dict[str, float]:
@@ -282,6 +305,7 @@ class LanguageTraining(LanguageRun):
             "optimizers": {name: optimizer.state_dict() for name, (optimizer, _) in self.optimizers.items()},
             "fingerprint": self.bundle.fingerprint,
             "loader": self.loader.state_dict(),
+            "guard": self.guard.state_dict(),
         }
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
@@ -293,6 +317,7 @@ class LanguageTraining(LanguageRun):
         """
         self.check_vocabulary(state["fingerprint"])
         self.loader.load_state_dict(state["loader"])
+        self.guard.load_state_dict(state["guard"])
         self.model.load_state_dict(state["model"])
         self.average.load_state_dict(state["average"])
         for name, (optimizer, _) in self.optimizers.items():

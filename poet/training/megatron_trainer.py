@@ -178,20 +178,16 @@ class MegatronTraining(LanguageRun):
         self.parallel_model.zero_grad_buffer()
         self.optimizer.zero_grad()
         losses = self._compute(batch, forward_only=False)
-        _, norm, _ = self.optimizer.step()
-        lerp_averages(
-            self.averages, [weight.float() for weight in self.parameters], self.recipe.ema_decay, self.num_updates
-        )
-        self.num_updates += 1
-        ids = float(batch["lengths"].sum())
-        return {
-            **losses,
-            "gradient_norm": float(norm),
-            "learning_rate": self.recipe.learning_rate * share,
-            "ids": ids,
-            "padding_share": 1 - ids / batch["ids"].numel(),
-            "epoch": self.loader.epoch_of(step),
-        }
+        self.optimizer.prepare_grads()
+        norm = float(self.optimizer.get_grad_norm())
+        admitted = self.guard.admits(step, losses["loss"], norm)
+        if admitted:
+            # Megatron's own step, which would not ask before it changes weights, prepares the gradients again.
+            self.optimizer.step()
+            weights = [weight.float() for weight in self.parameters]
+            lerp_averages(self.averages, weights, self.recipe.ema_decay, self.num_updates)
+            self.num_updates += 1
+        return self.step_metrics(step, batch, losses, norm, admitted=admitted)
 
     @torch.no_grad()
     def validate(self, step: int) -> dict[str, float]:
@@ -344,6 +340,7 @@ class MegatronTraining(LanguageRun):
         """What is the same in all processes, as plain values; the rest is in `sharded_state_dict`."""
         return {
             "num_updates": self.num_updates,
+            "guard": self.guard.state_dict(),
             "fingerprint": self.bundle.fingerprint,
             "loader": self.loader.state_dict(),
             "distributed_optimizer": self.recipe.parallel.distributed_optimizer,
@@ -364,6 +361,7 @@ class MegatronTraining(LanguageRun):
             )
         self.loader.load_state_dict(state["loader"])
         self.num_updates = int(state["num_updates"])
+        self.guard.load_state_dict(state["guard"])
 
     def export(self, directory: Path) -> None:
         """Write the bundle with the averaged weights; the leading process does, all must call."""

@@ -164,6 +164,17 @@ def test_every_cut_has_the_references_curve_and_weights(
     assert Bundle.open(tmp_path / "export").fingerprint == Bundle.open(reference / "export").fingerprint
 
 
+def test_the_same_steps_are_left_out(ground: Ground, tmp_path: Path) -> None:
+    changes = {"spike_ratio": 1.002, "max_skipped_steps": 50, "learning_rate": 1e-4}
+    fit(LanguageTraining(ground.recipe(**changes)), loop(30), tmp_path / "reference")
+    changes["parallel"] = Parallelism(tensor_parallel_size=2)
+    in_processes(2, train, ground.recipe(**changes), loop(30), tmp_path / "megatron")
+    skipped = [curve(tmp_path / name, "skipped") for name in ("reference", "megatron")]
+    assert skipped[0] == skipped[1]
+    assert 0 < sum(skipped[0]) < 14  # of the 14 steps after the first 16
+    assert_same_curves(tmp_path / "reference", tmp_path / "megatron", ["loss", "validation_loss"])
+
+
 @pytest.mark.parametrize(
     "cuts",
     [

@@ -164,6 +164,22 @@ def test_losses_fall_and_come_by_modality(ground: Ground) -> None:
     assert last["epoch"] == 39
 
 
+def test_a_step_without_a_number_for_a_loss_changes_nothing_and_is_told(
+    ground: Ground, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    training = ground.training()
+    training.train_step(0)
+    before, backward = _weights(training), training._backward
+    monkeypatch.setattr(training, "_backward", lambda *arguments: backward(*arguments) * torch.nan)
+    metrics = training.train_step(1)
+    assert metrics["skipped"] == 1.0
+    assert not {"loss", "video_loss", "gradient_norm"} & metrics.keys()
+    assert _same(before, _weights(training))
+    monkeypatch.undo()
+    assert training.train_step(2)["skipped"] == 0.0
+    assert not _same(before, _weights(training))
+
+
 def test_the_loss_is_the_mean_of_its_modalities_weighted_by_their_targets(ground: Ground) -> None:
     training = ground.training(precision="fp32")
     batch = training.loader.batch(0)
