@@ -32,6 +32,7 @@ from poet.training.loop import ExponentialMovingAverage, cosine_schedule
 from poet.training.losses import backward_from_targets, modality_means, target_losses
 from poet.training.parallelism import Parallelism
 from poet.training.replicas import Replicas
+from poet.training.speed import SpeedLog
 
 __all__ = ["LanguageRecipe", "LanguageRun", "LanguageTraining", "ModelSize"]
 
@@ -164,6 +165,10 @@ class LanguageRun:
             "padding_share": 1 - ids / batch["ids"].numel(),
             "epoch": self.loader.epoch_of(step),
         }
+
+    def speed(self, directory: Path, processes: int = 1) -> SpeedLog:
+        """What measures how fast a run in `directory` is."""
+        return SpeedLog(directory / "speed.jsonl", self.config, self.device, self.recipe.batch_size, processes)
 
     def learning_rate_share(self, step: int) -> float:
         """Share of the highest learning rate that a step has."""

@@ -32,6 +32,7 @@ __all__ = [
     "FitResult",
     "LoopConfig",
     "Progress",
+    "Speed",
     "Trainable",
     "cosine_schedule",
     "fit",
@@ -60,6 +61,16 @@ class Trainable(Protocol):
 
     def export(self, directory: Path) -> None:
         """Write the finished thing."""
+
+
+class Speed(Protocol):
+    """Measures how fast a run is; see `poet.training.speed`."""
+
+    def add(self, metrics: Mapping[str, float]) -> None:
+        """Count a step with these metrics."""
+
+    def write(self, step: int) -> dict[str, float]:
+        """Write what was measured since the last time."""
 
 
 class Checkpoints(Protocol):
@@ -176,6 +187,7 @@ def fit(
     directory: Path,
     *,
     checkpoints: Checkpoints | None = None,
+    speed: Speed | None = None,
     progress: Progress | None = None,
 ) -> FitResult:
     """Train to the last step, from the newest checkpoint in `directory` if there is one.
@@ -188,6 +200,7 @@ def fit(
         config: how often to log, validate and save.
         directory: of the run; made if missing.
         checkpoints: of a run of several processes; None: one process, and `checkpoint.pt` in `directory`.
+        speed: told of every step, and asked for a line as often as metrics are logged.
         progress: called after every step.
 
     Raises:
@@ -208,8 +221,13 @@ def fit(
             step += 1
             _check_finite(metrics, step)
             log.add(metrics)
+            if speed is not None:
+                speed.add(metrics)
             if step % config.log_every == 0 or step == config.num_steps:
                 newest |= log.write(step)
+                if speed is not None and checkpoints.leads:
+                    with writing(directory):
+                        speed.write(step)
             if step % config.validate_every == 0 or step == config.num_steps:
                 newest |= log.write_validation(step, trainable.validate(step))
                 if checkpoints.leads:

@@ -73,7 +73,14 @@ def train_with_megatron(
     with _processes(recipe.parallel, device):
         training = MegatronTraining(recipe, device=device)
         checkpoints = DistributedCheckpoints(directory / FOLDER)
-        return fit(training, loop, directory, checkpoints=checkpoints, progress=progress if checkpoints.leads else None)
+        return fit(
+            training,
+            loop,
+            directory,
+            checkpoints=checkpoints,
+            speed=training.speed(directory, distributed.get_world_size()),
+            progress=progress if checkpoints.leads else None,
+        )
 
 
 @contextlib.contextmanager

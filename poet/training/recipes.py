@@ -108,7 +108,8 @@ def train(
     settings, trainable = _build(kind, values, device)
     _keep_recipe({"train": kind, **to_plain(settings)}, directory)
     loop = LoopConfig(num_steps=settings.num_steps, **dataclasses.asdict(options))
-    return fit(trainable, loop, directory, progress=progress)
+    speed = trainable.speed(directory) if isinstance(trainable, LanguageTraining) else None
+    return fit(trainable, loop, directory, speed=speed, progress=progress)
 
 
 def _build(kind: str, values: Mapping[str, Any], device: str) -> tuple[Any, Trainable]:
