@@ -30,9 +30,26 @@ def train(
             min=1, help="Train with Megatron-Core in so many processes on this machine; see recipes/pretraining."
         ),
     ] = None,
+    plan: Annotated[
+        bool, typer.Option("--plan", help="Only say what a language model's run needs: memory by part, GPU-hours.")
+    ] = False,
+    gpu: Annotated[str, typer.Option(help="For --plan: h100 or h200.")] = "h100",
+    gpus: Annotated[
+        int | None, typer.Option(min=1, help="For --plan: how many; one copy of the model if left out.")
+    ] = None,
+    row_length: Annotated[int, typer.Option(min=1, help="For --plan: ids of a row.")] = 2048,
+    ids: Annotated[float, typer.Option(min=1, help="For --plan: ids of the whole run.")] = 1e9,
+    mfu: Annotated[
+        float, typer.Option(min=0.01, max=1.0, help="For --plan: share of the GPU's peak to count on.")
+    ] = 0.4,
     json: Annotated[bool, typer.Option("--json", help="Print the result as one JSON object.")] = False,
 ) -> None:
     """Train a tokenizer or a language model. The same command goes on where an earlier one was stopped."""
+    if plan:
+        from poet.training.recipes import plan as make_plan
+
+        show_result(make_plan(recipe, set_ or [], gpu=gpu, gpus=gpus, row_length=row_length, ids=ids, mfu=mfu), json)
+        return
     if nproc is not None and "WORLD_SIZE" not in os.environ:
         _launch(nproc)
     from poet.training.recipes import train as train_recipe

@@ -14,7 +14,7 @@ import numpy as np
 import yaml
 from numpy.typing import NDArray
 
-from poet.bundle import GenerationDefaults, create_tokenizer_bundle
+from poet.bundle import Bundle, GenerationDefaults, create_tokenizer_bundle
 from poet.data.clips import ClipSource, open_source
 from poet.errors import CheckpointError, ConfigError
 from poet.model.device import parse_device
@@ -22,10 +22,11 @@ from poet.training.audio_tokenizer import AudioTokenizerRecipe, AudioTokenizerTr
 from poet.training.config import build, read_recipe, to_plain, write_recipe
 from poet.training.language import LanguageRecipe, LanguageTraining
 from poet.training.loop import FitResult, LoopConfig, Progress, Trainable, fit, writing
+from poet.training.plan import make_plan
 from poet.training.text_tokenizer import TextTokenizerRecipe, train_text_tokenizer
 from poet.training.video_tokenizer import VideoTokenizerRecipe, VideoTokenizerTraining
 
-__all__ = ["KINDS", "LoopOptions", "train"]
+__all__ = ["KINDS", "LoopOptions", "plan", "train"]
 
 KINDS = ("video_tokenizer", "audio_tokenizer", "text_tokenizer", "tokenizer_bundle", "language")
 LAYOUT_KEYS = frozenset({"parallel"})  # what a run may go on without: it changes nothing that is learnt
@@ -110,6 +111,50 @@ def train(
     loop = LoopConfig(num_steps=settings.num_steps, **dataclasses.asdict(options))
     speed = trainable.speed(directory) if isinstance(trainable, LanguageTraining) else None
     return fit(trainable, loop, directory, speed=speed, progress=progress)
+
+
+def plan(
+    recipe: Path,
+    overrides: Sequence[str],
+    *,
+    gpu: str,
+    gpus: int | None,
+    row_length: int,
+    ids: float,
+    mfu: float,
+) -> dict[str, Any]:
+    """Say what a recipe of a language model needs, without training.
+
+    Args:
+        recipe: a YAML file.
+        overrides: "key=value" each.
+        gpu: a name in `poet.training.plan.GPUS`.
+        gpus: that share the work; None takes one copy of the model.
+        row_length: ids of a row.
+        ids: of the whole run.
+        mfu: share of the GPU's peak that is counted on.
+
+    Raises:
+        ConfigError: the recipe is of another kind, or cannot be cut so.
+        CheckpointError: its bundle, which decides the vocabulary, is missing.
+    """
+    values = read_recipe(recipe, overrides)
+    if (kind := values.pop("train", None)) != "language":
+        raise ConfigError(f"a plan can be made for recipes of 'language' only, got {kind!r}.")
+    values.pop("loop", None)
+    language = build(LanguageRecipe, values)
+    vocabulary = Bundle.open(language.bundle, require_model=False).vocabulary
+    return make_plan(
+        language.model.to_config(vocabulary.padded_vocab_size),
+        language.parallel,
+        gpu=gpu,
+        gpus=language.parallel.model_parallel_size if gpus is None else gpus,
+        batch_size=language.batch_size,
+        row_length=row_length,
+        ids=ids,
+        bf16=language.precision == "bf16",
+        mfu=mfu,
+    ).to_dict()
 
 
 def _build(kind: str, values: Mapping[str, Any], device: str) -> tuple[Any, Trainable]:
