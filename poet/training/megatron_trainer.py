@@ -41,6 +41,7 @@ from poet.errors import CheckpointError, ConfigError, PoetError
 from poet.model.attention import SceneLayout
 from poet.training import megatron_keymap
 from poet.training.ahead import DrawnAhead
+from poet.training.heartbeats import Heartbeats
 from poet.training.language import LanguageRecipe, LanguageRun
 from poet.training.loop import FitResult, LoopConfig, Progress, Trainable, fit, lerp_averages, writing
 from poet.training.megatron_cpu import cpu_for_cuda
@@ -71,16 +72,24 @@ def train_with_megatron(
         CheckpointError: as `poet.training.loop.fit`.
     """
     with _processes(recipe.parallel, device):
-        training = MegatronTraining(recipe, device=device)
-        checkpoints = DistributedCheckpoints(directory / FOLDER)
-        return fit(
-            training,
-            loop,
-            directory,
-            checkpoints=checkpoints,
-            speed=training.speed(directory, distributed.get_world_size()),
-            progress=progress if checkpoints.leads else None,
-        )
+        rank, world_size = distributed.get_rank(), distributed.get_world_size()
+        with Heartbeats(directory / "heartbeats", rank, world_size).beating():
+            return _fit(recipe, loop, directory, device=device, progress=progress)
+
+
+def _fit(
+    recipe: LanguageRecipe, loop: LoopConfig, directory: Path, *, device: str, progress: Progress | None
+) -> FitResult:
+    training = MegatronTraining(recipe, device=device)
+    checkpoints = DistributedCheckpoints(directory / FOLDER)
+    return fit(
+        training,
+        loop,
+        directory,
+        checkpoints=checkpoints,
+        speed=training.speed(directory, distributed.get_world_size()),
+        progress=progress if checkpoints.leads else None,
+    )
 
 
 @contextlib.contextmanager
