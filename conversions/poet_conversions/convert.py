@@ -20,7 +20,7 @@ from poet.errors import CheckpointError, ConfigError
 from poet.model.attention import SceneLayout
 from poet.model.config import PoetConfig
 from poet.model.weights import load_transformer
-from poet_conversions.formats import megatron
+from poet_conversions.formats import distributed_checkpoint as files
 
 __all__ = ["Agreement", "compare", "convert", "find_checkpoint"]
 
@@ -44,15 +44,15 @@ class Agreement:
 
 def find_checkpoint(path: Path) -> Path | None:
     """The Megatron checkpoint that `path` is, or the newest of the training run that it is; None if it is neither."""
-    if megatron.is_checkpoint(path):
+    if files.is_checkpoint(path):
         return path
-    return max(
-        (found for found in path.glob("checkpoints/step-????????") if megatron.is_checkpoint(found)), default=None
-    )
+    return max((found for found in path.glob("checkpoints/step-????????") if files.is_checkpoint(found)), default=None)
 
 
-def convert(source: Path, target: Path, *, bundle: Path | None = None, which: megatron.Which = "averaged") -> Kind:
+def convert(source: Path, target: Path, *, bundle: Path | None = None, which: files.Which = "averaged") -> Kind:
     """Convert a bundle to a Megatron checkpoint, or a Megatron checkpoint or training run to a bundle.
+
+    A run that is still being trained deletes old checkpoints: stop it first, or name one of its checkpoints that stays.
 
     Args:
         source: what there is.
@@ -73,18 +73,18 @@ def convert(source: Path, target: Path, *, bundle: Path | None = None, which: me
     checkpoint = find_checkpoint(source)
     if checkpoint is None:
         found = Bundle.open(source)
-        megatron.write_weights(target, load_transformer(source).state_dict(), _about(found))
+        files.write_weights(target, load_transformer(source).state_dict(), _about(found))
         return "megatron"
     rest = _bundle_of(source) if bundle is None else bundle
     tokenizers = Bundle.open(rest, require_model=False)
-    about = megatron.read_about(checkpoint)
+    about = files.read_about(checkpoint)
     check_fingerprint(about.fingerprint, tokenizers.fingerprint, str(checkpoint), f"{rest} is of another vocabulary.")
-    weights = megatron.read_weights(checkpoint, which)
+    weights = files.read_weights(checkpoint, which)
     _write_bundle(target, tokenizers, weights, about)
     return "bundle"
 
 
-def compare(one: Path, other: Path, *, which: megatron.Which = "averaged", rows: int = 3, seed: int = 0) -> Agreement:
+def compare(one: Path, other: Path, *, which: files.Which = "averaged", rows: int = 3, seed: int = 0) -> Agreement:
     """Compute both models' logits on random scenes and compare them; each is computed by its own implementation.
 
     Args:
@@ -115,23 +115,23 @@ def compare(one: Path, other: Path, *, which: megatron.Which = "averaged", rows:
 
 
 @torch.inference_mode()
-def _logits(path: Path, ids: Tensor, layout: SceneLayout, which: megatron.Which) -> Tensor:
+def _logits(path: Path, ids: Tensor, layout: SceneLayout, which: files.Which) -> Tensor:
     checkpoint = find_checkpoint(path)
     if checkpoint is not None:
-        return megatron.compute_logits(checkpoint, ids, layout, which)
+        return files.compute_logits(checkpoint, ids, layout, which)
     model = load_transformer(path)
     return model.logits(model(ids, layout))
 
 
 def _config_of(path: Path) -> PoetConfig:
     checkpoint = find_checkpoint(path)
-    return Bundle.open(path).model_config if checkpoint is None else megatron.read_about(checkpoint).config
+    return Bundle.open(path).model_config if checkpoint is None else files.read_about(checkpoint).config
 
 
-def _about(bundle: Bundle) -> megatron.About:
+def _about(bundle: Bundle) -> files.About:
     content: dict[str, Any] = json.loads((bundle.path / "config.json").read_text(encoding="utf-8"))
     tasks = content.get(TRAINED_TASKS_KEY)
-    return megatron.About(
+    return files.About(
         config=bundle.model_config,
         fingerprint=bundle.fingerprint,
         trained_tasks=None if tasks is None else tuple(tasks),
@@ -152,7 +152,7 @@ def _bundle_of(run: Path) -> Path:
         raise CheckpointError(f"{recipe} cannot be read: {error!r}. Name the bundle with --bundle.") from error
 
 
-def _write_bundle(target: Path, tokenizers: Bundle, weights: dict[str, Tensor], about: megatron.About) -> None:
+def _write_bundle(target: Path, tokenizers: Bundle, weights: dict[str, Tensor], about: files.About) -> None:
     dtype = getattr(torch, about.dtype)
     stored = {name: weight.to(dtype).contiguous() for name, weight in weights.items()}
     config = about.config.to_huggingface_dict(fingerprint=about.fingerprint, dtype=about.dtype)

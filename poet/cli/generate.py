@@ -204,6 +204,8 @@ def _settings_like(path: Path, asked: _Settings, bundle: Bundle) -> tuple[_Setti
     found: dict[str, Any] = {kind: _find_given(path, kind, *known, said.get(kind)) for kind, known in given.items()}
     made = dataclasses.replace(made, **found)
     settings = dataclasses.replace(made, **said)
+    if settings.guidance_scale == 1 and "negative_prompt" not in said:
+        settings = dataclasses.replace(settings, negative_prompt=None)
     return settings, facts.get("ids_sha256") if settings == made else None
 
 

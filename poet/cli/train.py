@@ -61,6 +61,8 @@ def train(
             advance(step, steps, ", ".join(f"{name} {metrics[name]:.4g}" for name in _shown(metrics)))
 
         result = train_recipe(recipe, set_ or [], directory, device=device, progress=report)
+    if os.environ.get("RANK", "0") != "0":
+        return
     if not result.finished:
         note(f"stopped at step {result.step}; the same command goes on from there")
     facts: dict[str, Any] = {
@@ -72,14 +74,15 @@ def train(
     }
     if result.finished:
         facts["export"] = str(directory / "export")
-    if os.environ.get("RANK", "0") == "0":
-        show_result(facts, json)
+    show_result(facts, json)
 
 
 def _launch(nproc: int) -> NoReturn:
     """Become `torchrun`, which starts this command again in every process and hands signals on."""
     launcher = [sys.executable, "-m", "torch.distributed.run", "--standalone", f"--nproc-per-node={nproc}"]
     os.environ.setdefault("OMP_NUM_THREADS", "1")
+    os.environ.setdefault("CUDA_DEVICE_MAX_CONNECTIONS", "1")
+    os.environ.setdefault("TORCH_ELASTIC_SHUTDOWN_TIMEOUT", "600")  # seconds that a signalled run has to save
     # Behind the bars, so that the launcher does not take our options for its own.
     os.execv(sys.executable, [*launcher, "-m", "--", "poet.cli.main", *sys.argv[1:]])
 

@@ -287,10 +287,12 @@ def commit_of(checkout: Path) -> str | None:
         commit = subprocess.run(
             [*ask, "rev-parse", "--short", "HEAD"], capture_output=True, text=True, check=True, timeout=20
         ).stdout.strip()
-        changed = subprocess.run([*ask, "diff", "--quiet", "HEAD", "--", *CODE], capture_output=True, timeout=20)
+        changed = subprocess.run(
+            [*ask, "status", "--porcelain", "--", *CODE], capture_output=True, text=True, check=True, timeout=20
+        ).stdout.strip()
     except (OSError, subprocess.SubprocessError):
         return None
-    return f"{commit} with changes" if changed.returncode else commit
+    return f"{commit} with changes" if changed else commit
 
 
 def _about(bundle: Bundle) -> dict[str, object]:

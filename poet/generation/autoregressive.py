@@ -50,9 +50,13 @@ def write_outputs(
         The output ids of each prefix, complete in its grammar.
 
     Raises:
-        ShapeError: there is no prefix, or an empty one.
+        ShapeError: there is no prefix, an empty one, or not as many guides as prefixes.
     """
     guides = [None] * len(prefixes) if guides is None else guides
+    if len(guides) != len(prefixes):
+        raise ShapeError(
+            f"there must be a guide, or None, for each of the {len(prefixes)} prefixes, got {len(guides)}."
+        )
     steering = [ids for ids in guides if ids is not None]
     guided_rows = [row for row, ids in enumerate(guides) if ids is not None]
     guide_rows = {row: len(prefixes) + place for place, row in enumerate(guided_rows)}

@@ -322,7 +322,8 @@ class LanguageTraining(LanguageRun):
         """
         self.check_vocabulary(state["fingerprint"])
         self.loader.load_state_dict(state["loader"])
-        self.guard.load_state_dict(state["guard"])
+        if "guard" in state:  # not in checkpoints of before there was one
+            self.guard.load_state_dict(state["guard"])
         self.model.load_state_dict(state["model"])
         self.average.load_state_dict(state["average"])
         for name, (optimizer, _) in self.optimizers.items():
@@ -351,7 +352,10 @@ class LanguageTraining(LanguageRun):
         assert isinstance(model, PoetTransformer)
         ids = batch["ids"].to(self.device)
         layout = SceneLayout.from_prefix_lengths(
-            batch["prefix_len"].to(self.device), batch["lengths"].to(self.device), ids.shape[1]
+            batch["prefix_len"].to(self.device),
+            batch["lengths"].to(self.device),
+            ids.shape[1],
+            parallel=batch["parallel"].to(self.device),
         )
         with torch.autocast(self.device.type, dtype=torch.bfloat16, enabled=self.recipe.precision == "bf16"):
             hidden = model(ids, layout)

@@ -18,7 +18,7 @@ import time
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import closing, contextmanager
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Any, Final, Protocol
 
 import torch
 from safetensors import SafetensorError
@@ -39,6 +39,8 @@ __all__ = [
     "lerp_averages",
     "writing",
 ]
+
+ONE_FILE: Final = "checkpoint.pt"
 
 Progress = Callable[[int, int, Mapping[str, float]], None]
 """Called with (steps done, steps in all, the newest metrics)."""
@@ -65,6 +67,9 @@ class Trainable(Protocol):
 
 class Speed(Protocol):
     """Measures how fast a run is; see `poet.training.speed`."""
+
+    def start(self) -> None:
+        """Begin to measure."""
 
     def add(self, metrics: Mapping[str, float]) -> None:
         """Count a step with these metrics."""
@@ -100,6 +105,9 @@ class Checkpoints(Protocol):
 
     def close(self) -> None:
         """Wait until all that was saved is on disk."""
+
+    def abandon(self) -> None:
+        """Let go of what is being written, after an error, without asking another process for anything."""
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -214,8 +222,10 @@ def fit(
         step, pending, metrics_bytes = _resume(trainable, checkpoints)
         log = _MetricsLog(directory / "metrics.jsonl", pending, metrics_bytes, writes=checkpoints.leads)
     saved_at, newest = time.monotonic(), log.read_newest()
-    with closing(log), closing(checkpoints), _stop_on_signal() as stopped:
+    with closing(log), _closing(checkpoints), _stop_on_signal() as stopped:
         stop = checkpoints.agree(stopped())[0]
+        if speed is not None:
+            speed.start()
         while step < config.num_steps and not stop:
             metrics = trainable.train_step(step)
             step += 1
@@ -245,6 +255,17 @@ def fit(
         with writing(directory / "export"):
             trainable.export(directory / "export")
     return FitResult(step=step, finished=finished, seconds=time.monotonic() - started, metrics=newest)
+
+
+@contextmanager
+def _closing(checkpoints: Checkpoints) -> Iterator[None]:
+    """Wait for what is being written; after an error do not, since the other processes are elsewhere."""
+    try:
+        yield
+    except BaseException:
+        checkpoints.abandon()
+        raise
+    checkpoints.close()
 
 
 def _check_finite(metrics: Mapping[str, float], step: int) -> None:
@@ -300,7 +321,8 @@ class _OneFile:
     leads = True
 
     def __init__(self, directory: Path) -> None:
-        self.file, self.beside = directory / "checkpoint.pt", directory / "checkpoint.pt.tmp"
+        self.directory = directory
+        self.file, self.beside = directory / ONE_FILE, directory / f"{ONE_FILE}.tmp"
 
     def agree(self, *flags: bool) -> tuple[bool, ...]:
         return flags
@@ -322,6 +344,11 @@ class _OneFile:
     def load(self, trainable: Trainable) -> dict[str, Any] | None:
         self.beside.unlink(missing_ok=True)
         if not self.file.exists():
+            if any(self.directory.glob("checkpoints/step-*")):
+                raise ConfigError(
+                    f"{self.directory} holds a run of several processes, which goes on with --nproc or its launcher. "
+                    "Name another directory with -o."
+                )
             return None
         try:
             state: dict[str, Any] = torch.load(self.file, map_location="cpu", weights_only=True)
@@ -341,6 +368,9 @@ class _OneFile:
 
     def close(self) -> None:
         """Nothing is written behind."""
+
+    def abandon(self) -> None:
+        """Nothing is being written."""
 
 
 class _MetricsLog:

@@ -50,14 +50,12 @@ from poet.model.attention import AttentionMask, SceneLayout, attend
 from poet.model.config import PoetConfig
 from poet.model.transformer import INITIAL_DEVIATION, RMSNorm, residual_deviation, rotary_angles, rotate
 from poet.training import megatron_keymap
-from poet.training.parallelism import Parallelism
+from poet.training.parallelism import TARGETS_AT_ONCE, Parallelism
 
-__all__ = ["LayoutBook", "PoetGPTModel", "load_weights", "to_transformer_config"]
-
-TARGETS_AT_ONCE = 4096
-"""Targets whose logits exist at a time; those of a chunk are made again in the backward pass."""
+__all__ = ["FLEX_BLOCK", "LayoutBook", "PoetGPTModel", "load_weights", "to_transformer_config"]
 
 FLEX_BLOCK = 128
+"""Places of one tile of FlexAttention's masks."""
 
 
 def to_transformer_config(config: PoetConfig, parallelism: Parallelism, *, bf16: bool = False) -> TransformerConfig:
@@ -212,7 +210,7 @@ class _SceneAttention(MegatronModule):  # type: ignore[misc]
 @functools.cache
 def _flex() -> Any:
     """FlexAttention: compiled where there is a GPU, else its reference, which is exact and slow."""
-    return torch.compile(flex_attention, dynamic=False) if torch.cuda.is_available() else flex_attention
+    return torch.compile(flex_attention, dynamic=True) if torch.cuda.is_available() else flex_attention
 
 
 def _block_spec(config: TransformerConfig, book: LayoutBook) -> TransformerBlockSubmodules:

@@ -13,17 +13,16 @@ from __future__ import annotations
 import contextlib
 import dataclasses
 import functools
+import math
 import os
-import shutil
 import warnings
 from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 from typing import Any, Final, cast
 
 import torch
-from megatron.core import dist_checkpointing, parallel_state
-from megatron.core.dist_checkpointing.core import CheckpointingException
-from megatron.core.dist_checkpointing.strategies.async_utils import AsyncCallsQueue
+from megatron.core import parallel_state
+from megatron.core.dist_checkpointing.mapping import ShardedTensor
 from megatron.core.distributed import (
     DistributedDataParallel,
     DistributedDataParallelConfig,
@@ -33,25 +32,24 @@ from megatron.core.optimizer import OptimizerConfig, get_megatron_optimizer
 from megatron.core.pipeline_parallel import get_forward_backward_func
 from megatron.core.transformer.module import Float16Module
 from torch import Tensor, distributed
-from torch.distributed.checkpoint.api import CheckpointException
 
 from poet.data.loader import Batch
 from poet.data.packing import MODALITIES
-from poet.errors import CheckpointError, ConfigError, PoetError
+from poet.errors import ConfigError
 from poet.model.attention import SceneLayout
+from poet.model.transformer import PoetTransformer
 from poet.training import megatron_keymap
 from poet.training.ahead import DrawnAhead
 from poet.training.heartbeats import Heartbeats
 from poet.training.language import LanguageRecipe, LanguageRun
-from poet.training.loop import FitResult, LoopConfig, Progress, Trainable, fit, lerp_averages, writing
+from poet.training.loop import FitResult, LoopConfig, Progress, fit, lerp_averages
+from poet.training.megatron_checkpoints import DistributedCheckpoints
 from poet.training.megatron_cpu import cpu_for_cuda
-from poet.training.megatron_model import PoetGPTModel, load_weights, to_transformer_config
+from poet.training.megatron_model import FLEX_BLOCK, PoetGPTModel, load_weights, to_transformer_config
 from poet.training.parallelism import Parallelism
 
-__all__ = ["DistributedCheckpoints", "MegatronTraining", "train_with_megatron"]
+__all__ = ["MegatronTraining", "train_with_megatron"]
 
-FOLDER: Final = "checkpoints"
-KEPT: Final = 2
 _RESHARDABLE: Final = {"distrib_optim_sharding_type": "fully_reshardable"}
 
 
@@ -81,7 +79,7 @@ def _fit(
     recipe: LanguageRecipe, loop: LoopConfig, directory: Path, *, device: str, progress: Progress | None
 ) -> FitResult:
     training = MegatronTraining(recipe, device=device)
-    checkpoints = DistributedCheckpoints(directory / FOLDER)
+    checkpoints = DistributedCheckpoints(directory)
     return fit(
         training,
         loop,
@@ -103,7 +101,7 @@ def _processes(parallelism: Parallelism, device: str) -> Iterator[None]:
         begun = not distributed.is_initialized()
         if begun:
             if not on_cpu:
-                torch.cuda.set_device(torch.device("cuda", int(os.environ["LOCAL_RANK"])))
+                torch.cuda.set_device(_own_gpu(device))
             distributed.init_process_group("gloo" if on_cpu else "cpu:gloo,cuda:nccl")
         world = distributed.get_world_size()
         if world % parallelism.model_parallel_size:
@@ -118,6 +116,17 @@ def _processes(parallelism: Parallelism, device: str) -> Iterator[None]:
             parallel_state.destroy_model_parallel()
             if begun:
                 distributed.destroy_process_group()
+
+
+def _own_gpu(device: str) -> torch.device:
+    """The GPU of this process: the launcher's number of it on this machine."""
+    number = int(os.environ["LOCAL_RANK"])
+    if torch.device(device).index is not None or number >= torch.cuda.device_count():
+        raise ConfigError(
+            f"device must be cuda, and every process on a machine must have a GPU, got {device!r} and process {number} "
+            f"of a machine with {torch.cuda.device_count()} GPUs. Start fewer processes."
+        )
+    return torch.device("cuda", number)
 
 
 class MegatronTraining(LanguageRun):
@@ -147,11 +156,14 @@ class MegatronTraining(LanguageRun):
         self.micro_batch_size = cut.micro_batch_size or self.rows
         bf16 = recipe.precision == "bf16" and self.device.type == "cuda"
         self.transformer_config = to_transformer_config(self.config, cut, bf16=bf16)
-        torch.manual_seed(recipe.seed)
         self.model = PoetGPTModel(self.config, self.transformer_config)
         weights = self.starting_weights()
-        if weights is not None:
-            load_weights(self.model, weights)
+        if (
+            weights is None
+        ):  # the reference's, drawn whole: the same for every cut, where stages would repeat each other
+            torch.manual_seed(recipe.seed)
+            weights = PoetTransformer(self.config).state_dict()
+        load_weights(self.model, weights)
         self.model.to(self.device)
         self.parameters: list[Tensor] = list(self.model.parameters())
         self.averages = [weight.detach().float().clone() for weight in self.parameters]
@@ -219,6 +231,8 @@ class MegatronTraining(LanguageRun):
         """Losses by modality of a whole batch, and, unless `forward_only`, gradients of their mean over its targets."""
         tensors = cast(dict[str, Tensor], batch)
         multiple = self.recipe.parallel.tensor_parallel_size if self.recipe.parallel.sequence_parallel else 1
+        if self.device.type == "cuda":
+            multiple = math.lcm(multiple, FLEX_BLOCK)  # few widths, so that attention is compiled few times
         missing = -tensors["ids"].shape[1] % multiple
         width = tensors["ids"].shape[1] + missing
         own = slice(self.dp_rank * self.rows, (self.dp_rank + 1) * self.rows)
@@ -303,7 +317,7 @@ class MegatronTraining(LanguageRun):
         return {
             **model,
             "average": {
-                name: dataclasses.replace(part, key=f"average.{part.key}", data=averages[id(part.data)])
+                name: _average_of(part, averages[id(part.data)])
                 for name, part in model.items()
                 if id(getattr(part, "data", None)) in averages
             },
@@ -377,7 +391,8 @@ class MegatronTraining(LanguageRun):
             )
         self.loader.load_state_dict(state["loader"])
         self.num_updates = int(state["num_updates"])
-        self.guard.load_state_dict(state["guard"])
+        if "guard" in state:
+            self.guard.load_state_dict(state["guard"])
 
     def export(self, directory: Path) -> None:
         """Write the bundle with the averaged weights; the leading process does, all must call."""
@@ -409,102 +424,16 @@ class MegatronTraining(LanguageRun):
         return megatron_keymap.from_megatron(whole, self.config)
 
 
+def _average_of(part: Any, average: Tensor) -> Any:
+    """What a weight's sharded tensor, or the factory of several, is for its average, which may be of another dtype."""
+    changes: dict[str, Any] = {"key": f"average.{part.key}", "data": average}
+    if isinstance(part, ShardedTensor):
+        changes["dtype"] = average.dtype
+    return dataclasses.replace(part, **changes)
+
+
 def _set_with_step(
     set_states: Callable[..., None], inner: torch.optim.Optimizer, weight: Tensor, tensors: dict[str, Tensor]
 ) -> None:
     step = next(iter(inner.state.values()))["step"]  # the same of all weights
     set_states(weight, {"step": step, **tensors})
-
-
-class DistributedCheckpoints:
-    """Megatron's distributed checkpoints, one directory each, named by the step.
-
-    A checkpoint is written under another name, behind the training, and renamed when every process has written its
-    part; a run that is killed meanwhile goes on from the one before.
-
-    Args:
-        directory: of the checkpoints.
-    """
-
-    def __init__(self, directory: Path) -> None:
-        self.directory = directory
-        self.leads = distributed.get_rank() == 0
-        self._queue = AsyncCallsQueue()
-        self._written: list[Path] = []
-
-    def agree(self, *flags: bool) -> tuple[bool, ...]:
-        """Of each flag, whether any process raises it. Also finishes checkpoints that have been written meanwhile."""
-        votes = torch.tensor(flags, dtype=torch.int, device=torch.cuda.current_device())
-        distributed.all_reduce(votes, op=distributed.ReduceOp.MAX)
-        self._finish(blocking=False)
-        return tuple(bool(vote) for vote in votes.cpu())
-
-    def save(self, trainable: Trainable, state: dict[str, Any]) -> None:
-        """Begin to write a checkpoint; waits for the one before it."""
-        assert isinstance(trainable, MegatronTraining)
-        self._finish(blocking=True)
-        shared = [{**state, "trainable": trainable.state_dict()}]
-        distributed.broadcast_object_list(shared, src=0)
-        target = self.directory / f"step-{state['step']:08d}"
-        beside = target.with_suffix(".writing")
-        if self.leads and not target.exists():
-            with writing(beside):
-                shutil.rmtree(beside, ignore_errors=True)
-                beside.mkdir(parents=True)
-        distributed.barrier()
-        if target.exists():
-            return
-        request = dist_checkpointing.save(
-            {**trainable.sharded_state_dict(), "loop": shared[0], "poet": trainable.about()},
-            str(beside),
-            async_sharded_save=True,
-        )
-        self._queue.schedule_async_request(request)
-        self._written.append(beside)
-
-    def load(self, trainable: Trainable) -> dict[str, Any] | None:
-        """Load the newest whole checkpoint, of whatever cut."""
-        assert isinstance(trainable, MegatronTraining)
-        if self.leads:
-            for half in self.directory.glob("step-*.writing"):
-                shutil.rmtree(half, ignore_errors=True)
-        distributed.barrier()
-        newest = max(self.directory.glob("step-????????"), default=None)
-        if newest is None:
-            return None
-        try:
-            common = dist_checkpointing.load_common_state_dict(str(newest))
-            trainable.load_state_dict(common["loop"]["trainable"])
-            state = dist_checkpointing.load(trainable.sharded_state_dict(is_loading=True), str(newest))
-            trainable.load_sharded(state)
-            return {name: value for name, value in common["loop"].items() if name != "trainable"}
-        except PoetError:
-            raise
-        except (
-            CheckpointException,
-            CheckpointingException,
-            LookupError,
-            RuntimeError,
-            TypeError,
-            ValueError,
-            OSError,
-        ) as error:
-            raise CheckpointError(
-                f"the checkpoint {newest} does not fit what is being trained, or cannot be read: {error!r}. Name "
-                "another directory, or delete it to go on from the one before."
-            ) from error
-
-    def close(self) -> None:
-        """Wait until all that was saved is on disk."""
-        self._finish(blocking=True)
-
-    def _finish(self, *, blocking: bool) -> None:
-        """Rename what has been written, and delete what is too old."""
-        for _ in self._queue.maybe_finalize_async_calls(blocking=blocking):
-            beside = self._written.pop(0)
-            if self.leads:
-                with writing(beside):
-                    beside.rename(beside.with_suffix(""))
-                for old in sorted(self.directory.glob("step-????????"))[:-KEPT]:
-                    shutil.rmtree(old, ignore_errors=True)
-            distributed.barrier()

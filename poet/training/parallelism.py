@@ -3,12 +3,15 @@
 from __future__ import annotations
 
 import dataclasses
-from typing import Literal
+from typing import Final, Literal
 
 from poet.errors import ConfigError
 from poet.model.config import PoetConfig
 
-__all__ = ["Parallelism"]
+__all__ = ["TARGETS_AT_ONCE", "Parallelism"]
+
+TARGETS_AT_ONCE: Final = 4096
+"""Targets whose logits exist at a time; those of a chunk are made again in the backward pass."""
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)

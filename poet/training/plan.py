@@ -16,15 +16,14 @@ from typing import Any, Final
 
 from poet.errors import ConfigError
 from poet.model.config import PoetConfig
-from poet.training.parallelism import Parallelism
-from poet.training.speed import flops_per_id
+from poet.training.parallelism import TARGETS_AT_ONCE, Parallelism
+from poet.training.speed import PEAK_FLOPS, flops_per_id
 
 __all__ = ["GPUS", "Memory", "Plan", "activation_bytes_per_id", "make_plan"]
 
-GPUS: Final = {"h100": (80e9, 989e12), "h200": (141e9, 989e12)}
-"""Bytes of memory and dense bfloat16 operations a second, from NVIDIA's data sheets (SXM)."""
+GPUS: Final = {"h100": (80e9, PEAK_FLOPS["H100"]), "h200": (141e9, PEAK_FLOPS["H200"])}
+"""Bytes of memory, from NVIDIA's data sheets (SXM), and dense bfloat16 operations a second."""
 
-TARGETS_AT_ONCE: Final = 4096
 LOGIT_BYTES: Final = 12
 """A logit of the chunk at hand: float32 itself, its softmax, and its gradient."""
 

@@ -21,7 +21,7 @@ from poet.model.device import parse_device
 from poet.training.audio_tokenizer import AudioTokenizerRecipe, AudioTokenizerTraining
 from poet.training.config import build, read_recipe, to_plain, write_recipe
 from poet.training.language import LanguageRecipe, LanguageTraining
-from poet.training.loop import FitResult, LoopConfig, Progress, Trainable, fit, writing
+from poet.training.loop import ONE_FILE, FitResult, LoopConfig, Progress, Trainable, fit, writing
 from poet.training.plan import make_plan
 from poet.training.text_tokenizer import TextTokenizerRecipe, train_text_tokenizer
 from poet.training.video_tokenizer import VideoTokenizerRecipe, VideoTokenizerTraining
@@ -100,14 +100,14 @@ def train(
     if launched:
         language = build(LanguageRecipe, values)
         if os.environ.get("RANK", "0") == "0":
-            _keep_recipe({"train": kind, **to_plain(language)}, directory)
+            _keep_recipe(kind, language, directory)
         loop = LoopConfig(num_steps=language.num_steps, **dataclasses.asdict(options))
         # Only here: Megatron takes seconds to import, and whoever trains alone need not have it.
         from poet.training.megatron_trainer import train_with_megatron
 
         return train_with_megatron(language, loop, directory, device=device, progress=progress)
     settings, trainable = _build(kind, values, device)
-    _keep_recipe({"train": kind, **to_plain(settings)}, directory)
+    _keep_recipe(kind, settings, directory)
     loop = LoopConfig(num_steps=settings.num_steps, **dataclasses.asdict(options))
     speed = trainable.speed(directory) if isinstance(trainable, LanguageTraining) else None
     return fit(trainable, loop, directory, speed=speed, progress=progress)
@@ -225,7 +225,7 @@ def _caption(name: str, index: int) -> str:
 def _train_text(recipe: TextTokenizerRecipe, directory: Path) -> FitResult:
     """Text pieces are counted in one go: there is nothing to resume."""
     started = time.monotonic()
-    _keep_recipe({"train": "text_tokenizer", **to_plain(recipe)}, directory)
+    _keep_recipe("text_tokenizer", recipe, directory)
     tokenizer = train_text_tokenizer(recipe, _caption)
     with writing(directory / "export"):
         tokenizer.save(directory / "export")
@@ -236,7 +236,7 @@ def _train_text(recipe: TextTokenizerRecipe, directory: Path) -> FitResult:
 def _assemble(recipe: TokenizerBundleRecipe, directory: Path) -> FitResult:
     """Lay the tokenizers side by side under one vocabulary."""
     started = time.monotonic()
-    _keep_recipe({"train": "tokenizer_bundle", **to_plain(recipe)}, directory)
+    _keep_recipe("tokenizer_bundle", recipe, directory)
     with writing(directory / "export"):
         bundle = create_tokenizer_bundle(
             directory / "export",
@@ -251,13 +251,17 @@ def _assemble(recipe: TokenizerBundleRecipe, directory: Path) -> FitResult:
     return FitResult(step=1, finished=True, seconds=time.monotonic() - started, metrics=metrics)
 
 
-def _keep_recipe(resolved: Mapping[str, Any], directory: Path) -> None:
-    """Save the resolved recipe beside the run; a run goes on with the recipe that it was begun with, or not at all."""
+def _keep_recipe(kind: str, settings: Any, directory: Path) -> None:
+    """Save the resolved recipe beside the run; a run goes on with the recipe that it was begun with, or not at all.
+
+    Keys that there were not yet when it was begun have their defaults.
+    """
+    resolved = {"train": kind, **to_plain(settings)}
     with writing(directory):
         directory.mkdir(parents=True, exist_ok=True)
     file = directory / RECIPE_FILE
-    if ((directory / "checkpoint.pt").exists() or (directory / "checkpoints").exists()) and file.exists():
-        begun = _read_begun(file)
+    if any((directory / name).exists() for name in (ONE_FILE, "checkpoints")) and file.exists():
+        begun = {**_defaults(settings), **_read_begun(file)}
         keys = {**begun, **resolved}.keys() - LAYOUT_KEYS
         differing = sorted(key for key in keys if begun.get(key) != resolved.get(key))
         if differing:
@@ -265,6 +269,17 @@ def _keep_recipe(resolved: Mapping[str, Any], directory: Path) -> None:
             raise ConfigError(f"{directory} holds a run of another recipe: {said}. Name another directory with -o.")
     with writing(file):
         write_recipe(file, resolved)
+
+
+def _defaults(settings: Any) -> dict[str, Any]:
+    """The defaults of a recipe's keys, as plain values."""
+    values = {}
+    for field in dataclasses.fields(settings):
+        if field.default is not dataclasses.MISSING:
+            values[field.name] = to_plain(field.default)
+        elif field.default_factory is not dataclasses.MISSING:
+            values[field.name] = to_plain(field.default_factory())
+    return values
 
 
 def _read_begun(file: Path) -> dict[str, Any]:

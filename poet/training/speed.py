@@ -54,6 +54,8 @@ def peak_flops(device: torch.device) -> float | None:
 class SpeedLog:
     """Adds up ids and operations between two lines of `speed.jsonl`.
 
+    Validation and saving are part of the time between two lines.
+
     Args:
         path: of the file; lines are added to what is there.
         config: of the model.
@@ -69,6 +71,10 @@ class SpeedLog:
 
     def _begin(self) -> None:
         self._steps, self._ids, self._flops, self._started = 0, 0.0, 0.0, time.monotonic()
+
+    def start(self) -> None:
+        """Begin to measure: what came before (loading, compiling) does not count."""
+        self._begin()
 
     def add(self, metrics: Mapping[str, float]) -> None:
         """Count a step; `metrics["ids"]` are those of all its rows, without padding."""

@@ -7,7 +7,7 @@ export OMP_WAIT_POLICY=PASSIVE GOMP_SPINCOUNT=0
 POET=${POET:-poet}
 DEVICE=${DEVICE:-cpu}
 RUN=runs/nano
-CLIPS=24000
+CLIPS=48000
 VIDEO=() AUDIO=() LANGUAGE=()
 if [ "$DEVICE" = cuda ]; then
   CLIPS=200000
@@ -25,8 +25,10 @@ done
 [ -d $RUN/tokenizers/export ] || "$POET" train recipes/nano/tokenizers.yaml -o $RUN/tokenizers
 "$POET" encode toybox:train --count $CLIPS --model $RUN/tokenizers/export -o $RUN/shards/train --device "$DEVICE"
 "$POET" encode toybox:seen --count 512 --start 100000 --model $RUN/tokenizers/export -o $RUN/shards/seen --device "$DEVICE"
-"$POET" train recipes/nano/language.yaml -o $RUN/language --device "$DEVICE" "${LANGUAGE[@]}"
-"$POET" evaluate $RUN/language/export -o $RUN/evaluation
-"$POET" evaluate $RUN/language/export --what reconstruction -o $RUN/reconstruction
-echo "The finished bundle is $RUN/language/export, its scores are in $RUN/evaluation and"
+for stage in language language_more; do
+  "$POET" train recipes/nano/$stage.yaml -o $RUN/$stage --device "$DEVICE" "${LANGUAGE[@]}"
+done
+"$POET" evaluate $RUN/language_more/export -o $RUN/evaluation
+"$POET" evaluate $RUN/language_more/export --what reconstruction -o $RUN/reconstruction
+echo "The finished bundle is $RUN/language_more/export, its scores are in $RUN/evaluation and"
 echo "$RUN/reconstruction; recipes/nano/fill_scores.py writes them into the pages."

@@ -180,7 +180,10 @@ class VLLMEngine:
                 self._vllm.abort_request(started, internal=True)
         for name, ids in guides.items():
             if ids != outputs[name.removesuffix("-guide")]:
-                raise PoetError(f"a guided request and its guide must write the same ids, request {name} did not.")
+                raise PoetError(
+                    f"request {name.removesuffix('-guide')} and its guide must write the same ids, they did not. This "
+                    "is a defect; the torch engine writes such requests without pairs."
+                )
         return list(outputs.values())
 
     def _halves(

@@ -114,10 +114,16 @@ class GuidanceLogitsProcessor(LogitsProcessor):  # type: ignore[misc]
         rows, guide_rows = [row for row, _ in asked], [guides.pop(half.pair, -1) for _, half in asked]
         if guides or -1 in guide_rows:
             alone = [*guides, *(half.pair for (_, half), row in zip(asked, guide_rows, strict=True) if row == -1)]
-            raise PoetError(f"guided requests must be in every step with their guides, got one without: {alone}.")
+            raise PoetError(
+                f"guided requests must be in every step with their guides, got one without: {alone}. Start vLLM with "
+                "poet_serving.scheduler.PairScheduler, which keeps them together."
+            )
         places = [[len(self._halves[row][1]) for row in both] for both in (rows, guide_rows)]
         if places[0] != places[1]:
-            raise PoetError(f"guided requests and their guides must have as many ids, got {places[0]} and {places[1]}.")
+            raise PoetError(
+                f"guided requests and their guides must have as many ids, got {places[0]} and {places[1]}. Ask for "
+                "both with the same seed, grammar and limits."
+            )
         mixed = guide(logits[rows], logits[guide_rows], [half.scale for _, half in asked])
         logits[rows] = mixed
         logits[guide_rows] = mixed

@@ -18,7 +18,7 @@ from poet.training.loop import LoopConfig
 from poet.training.megatron_trainer import train_with_megatron
 from poet.training.parallelism import Parallelism
 from poet_conversions.convert import compare, convert
-from poet_conversions.formats import megatron
+from poet_conversions.formats import distributed_checkpoint as files
 
 SIZES = {"num_layers": 3, "ffn_hidden_size": 88, "num_kv_heads": 2}
 
@@ -106,20 +106,18 @@ def test_other_weights_are_seen_to_be_others(run: Path, bundle: Path) -> None:
 
 def damaged(checkpoint: Path, target: Path, drop: str, add: str | None) -> Path:
     """A checkpoint without one weight, or with another name for it."""
-    tensors = megatron.read_weights(checkpoint)
-    about = megatron.read_about(checkpoint)
-    with megatron._alone():
-        model = megatron.PoetGPTModel(
-            about.config, megatron.to_transformer_config(about.config, Parallelism()), flex=False
-        )
-        megatron.load_weights(model, tensors)
+    tensors = files.read_weights(checkpoint)
+    about = files.read_about(checkpoint)
+    with files._alone():
+        model = files.PoetGPTModel(about.config, files.to_transformer_config(about.config, Parallelism()), flex=False)
+        files.load_weights(model, tensors)
         state = model.sharded_state_dict()
         part = state.pop(drop)
         if add is not None:
             part.key = add
             state[add] = part
         target.mkdir()
-        dist_checkpointing.save({**state, megatron.ABOUT_KEY: about.to_dict()}, str(target))
+        dist_checkpointing.save({**state, files.ABOUT_KEY: about.to_dict()}, str(target))
     return target
 
 
@@ -163,6 +161,18 @@ def test_a_damaged_file_is_named(checkpoint: Path, bundle: Path, tmp_path: Path)
         file.write_bytes(file.read_bytes()[:100])
     with pytest.raises(CheckpointError, match="broken cannot be read"):
         convert(broken, tmp_path / "out", bundle=bundle)
+
+
+def test_a_conversion_that_came_out_wrong_is_not_passed(
+    bundle: Path, checkpoint: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    read = files.read_weights
+    for number, damage in enumerate((0.0, torch.nan)):
+        changed = {name: weight * damage if "mlp" in name else weight for name, weight in read(checkpoint).items()}
+        monkeypatch.setattr(files, "read_weights", lambda *_, changed=changed: changed)
+        target = tmp_path / str(number)
+        assert main(["convert", str(checkpoint), str(target), "--bundle", str(bundle)]) == 1
+        assert "does not compute what" in capsys.readouterr().err
 
 
 def test_the_command_converts_and_compares(

@@ -3,6 +3,7 @@
 Processes talk over gloo. The tolerance of 1e-4 relative allows for sums in another order.
 """
 
+import dataclasses
 from typing import Any
 
 import pytest
@@ -36,7 +37,7 @@ LENGTH = 114
 CUTS = {
     "one process": Parallelism(),
     "tensor 2": Parallelism(tensor_parallel_size=2),
-    "pipeline 2": Parallelism(pipeline_parallel_size=2),
+    "pipeline 2": Parallelism(pipeline_parallel_size=2, recompute="selective"),
     "pipeline 2, uneven": Parallelism(pipeline_parallel_size=2, first_stage_layers=1, last_stage_layers=3),
     "tensor 2 with sequence parallel": Parallelism(tensor_parallel_size=2, sequence_parallel=True),
     "tensor 2, pipeline 2, recomputed": Parallelism(
@@ -80,11 +81,14 @@ def inputs() -> tuple[Tensor, Tensor]:
     return ids, loss_mask
 
 
-def measure(cut: Parallelism, weights: dict[str, Tensor], flex: bool | None = None) -> dict[str, Any] | None:
+def measure(
+    cut: Parallelism, weights: dict[str, Tensor], flex: bool | None = None, tied: bool = True
+) -> dict[str, Any] | None:
     """Logits of all places and losses for every layout; from the last stage's processes."""
     with cpu_for_cuda(), torch.set_grad_enabled(flex is None):  # FlexAttention has no backward pass on a CPU
         parallel_state.initialize_model_parallel(cut.tensor_parallel_size, cut.pipeline_parallel_size)
-        model = PoetGPTModel(CONFIG, to_transformer_config(CONFIG, cut), flex=flex)
+        config = dataclasses.replace(CONFIG, tie_embeddings=tied)
+        model = PoetGPTModel(config, to_transformer_config(config, cut), flex=flex)
         load_weights(model, weights)
         ids, loss_mask = inputs()
         schedule, found = get_forward_backward_func(), {}
@@ -130,6 +134,21 @@ def test_logits_and_losses_equal_those_of_the_reference(reference: PoetTransform
             assert difference < 1e-4 * expected[inside].abs().max(), (name, float(difference))
             losses = target_losses(hidden, ids, loss_mask, reference.logits).detach()
             torch.testing.assert_close(found[name]["losses"], losses, rtol=1e-4, atol=1e-4)
+
+
+@pytest.mark.parametrize("cut", ["one process", "tensor 2", "pipeline 2"])
+def test_a_head_of_its_own_gives_the_references_logits(cut: str) -> None:
+    torch.manual_seed(7)
+    reference = PoetTransformer(dataclasses.replace(CONFIG, tie_embeddings=False))
+    weights = {name: weight * 20 if weight.dim() > 1 else weight for name, weight in reference.state_dict().items()}
+    reference.load_state_dict(weights)
+    results = in_processes(CUTS[cut].model_parallel_size, measure, CUTS[cut], weights, None, False)
+    ids, _ = inputs()
+    for found in (result for result in results if result is not None):
+        for name, layout in layouts().items():
+            expected = reference.logits(reference(ids, layout)).detach()
+            inside = layout.document >= 0
+            assert (found[name]["logits"] - expected)[inside].abs().max() < 1e-4 * expected[inside].abs().max(), name
 
 
 def test_layouts_are_told_apart(reference: PoetTransformer) -> None:

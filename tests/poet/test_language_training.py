@@ -14,6 +14,7 @@ import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
+import yaml
 from safetensors.torch import load_file
 from torch import Tensor, nn
 
@@ -24,6 +25,7 @@ from poet.errors import CheckpointError, ConfigError, ShapeError
 from poet.media import Clip
 from poet.model.weights import load_transformer
 from poet.testing import tiny_tokenizer_bundle
+from poet.training.config import to_plain
 from poet.training.language import LanguageRecipe, LanguageTraining, ModelSize
 from poet.training.loop import LoopConfig, fit
 from poet.training.losses import modality_means, target_losses
@@ -346,6 +348,20 @@ def test_a_scene_longer_than_the_model_is_refused(ground: Ground) -> None:
 def test_a_recipe_that_cannot_be_trained_is_refused(change: dict[str, Any], ground: Ground) -> None:
     with pytest.raises(ConfigError, match="must be positive"):
         ground.recipe(**change)
+
+
+def test_a_run_that_was_begun_before_a_key_was_there_goes_on_with_its_default(ground: Ground, tmp_path: Path) -> None:
+    values = to_plain(ground.recipe())
+    (tmp_path / "recipe.yaml").write_text(yaml.safe_dump({"train": "language", **values, "num_steps": 4}))
+    train(tmp_path / "recipe.yaml", [], tmp_path / "run")
+    kept, state = tmp_path / "run" / "recipe.yaml", torch.load(tmp_path / "run" / "checkpoint.pt", weights_only=True)
+    older = {name: value for name, value in yaml.safe_load(kept.read_text()).items() if name != "spike_ratio"}
+    kept.write_text(yaml.safe_dump(older))
+    del state["trainable"]["guard"]
+    torch.save(state, tmp_path / "run" / "checkpoint.pt")
+    assert train(tmp_path / "recipe.yaml", [], tmp_path / "run").finished
+    with pytest.raises(ConfigError, match=r"spike_ratio was 4\.0, is 9\.0"):
+        train(tmp_path / "recipe.yaml", ["spike_ratio=9.0"], tmp_path / "run")
 
 
 def test_a_recipe_file_trains_and_a_run_keeps_its_recipe(ground: Ground, tmp_path: Path) -> None:

@@ -24,7 +24,7 @@ from megatron.core.tensor_parallel import gather_from_tensor_model_parallel_regi
 from torch import Tensor, distributed
 from torch.distributed.checkpoint.api import CheckpointException
 
-from poet.errors import CheckpointError
+from poet.errors import CheckpointError, PoetError
 from poet.model.attention import SceneLayout
 from poet.model.config import PoetConfig
 from poet.training.loop import writing
@@ -91,9 +91,9 @@ def read_about(path: Path) -> About:
     """
     with _reading(path):
         common = dist_checkpointing.load_common_state_dict(str(path))
-    if ABOUT_KEY not in common:
-        raise CheckpointError(f"{path} must say what model it holds, it does not: Poet did not write it.")
-    return About.from_dict(common[ABOUT_KEY])
+        if ABOUT_KEY not in common:
+            raise CheckpointError(f"{path} must say what model it holds, it does not: Poet did not write it.")
+        return About.from_dict(common[ABOUT_KEY])
 
 
 def read_weights(path: Path, which: Which = "averaged") -> dict[str, Tensor]:
@@ -116,11 +116,13 @@ def read_weights(path: Path, which: Which = "averaged") -> dict[str, Tensor]:
             {name: there[name] for name in wanted}, str(path), validate_access_integrity=False
         )
         stacked = {name.removeprefix(prefix): loaded[name] for name in wanted}
-    return from_megatron(_unstack(stacked, config), config)
+    return from_megatron({name: weight.float() for name, weight in _unstack(stacked, config).items()}, config)
 
 
 def write_weights(path: Path, weights: Mapping[str, Tensor], about: About) -> None:
-    """Write a checkpoint that a run of any cut can start from. It is there whole, or not at all.
+    """Write a checkpoint of the weights alone, whole or not at all, that Megatron-Core reads in any cut.
+
+    Poet's own runs start from bundles (`start_from`); this is for Megatron-LM and tools that read its checkpoints.
 
     Args:
         path: of the checkpoint; must not exist.
@@ -163,7 +165,12 @@ def compute_logits(path: Path, ids: Tensor, layout: SceneLayout, which: Which = 
                 for name, part in state.items()
                 if isinstance(getattr(part, "data", None), Tensor)
             }
-        model.load_state_dict(dist_checkpointing.load(state, str(path)), strict=False)
+        loaded = dist_checkpointing.load(state, str(path))
+        missing, unknown = model.load_state_dict(
+            {name: value for name, value in loaded.items() if name in model.state_dict()}, strict=False
+        )
+        if unknown or any(not name.endswith("_extra_state") for name in missing):
+            raise CheckpointError(f"{path} must hold every weight of the model, it lacks {', '.join(missing)}.")
         page = model.book.add(layout, torch.float32)
         logits: Tensor = gather_from_tensor_model_parallel_region(model(ids, page, output="logits"))
         return logits.clone()
@@ -204,7 +211,7 @@ def _reading(path: Path) -> Iterator[None]:
     """Turn what a damaged checkpoint raises into an error that names it."""
     try:
         yield
-    except CheckpointError:
+    except PoetError:
         raise
     # PyTorch's CheckpointException is no Exception; the others are what truncated pickles and archives end in.
     except (CheckpointException, CheckpointingException, OSError, LookupError, RuntimeError, ValueError) as error:
