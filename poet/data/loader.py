@@ -14,7 +14,7 @@ from __future__ import annotations
 import functools
 import threading
 from collections import deque
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from typing import Any, Protocol, TypedDict
 
@@ -67,6 +67,8 @@ class SceneLoader:
     Args:
         clips: the shards.
         sampler: makes scenes of clips.
+        phases: (batch, sampler) pairs, ascending: from the window of that batch on, scenes are made by that sampler in
+            place of the one before. So a run can see other tasks in its first quarter than later.
         micro_batch_size: B.
         rank: of this process among those that share the data.
         world_size: how many those are.
@@ -89,6 +91,7 @@ class SceneLoader:
         sampler: SceneSampler,
         *,
         micro_batch_size: int,
+        phases: Sequence[tuple[int, SceneSampler]] = (),
         rank: int = 0,
         world_size: int = 1,
         seed: int = 0,
@@ -117,7 +120,11 @@ class SceneLoader:
             raise ConfigError("there must be at least one clip to train on, got empty shards. Encode clips first.")
         self.next_batch = 0
         self._clips = clips
+        borders = [batch for batch, _ in phases]
+        if borders != sorted(set(borders)) or any(batch < 1 for batch in borders):
+            raise ConfigError(f"phases must begin at ascending batches from 1 on, got {borders}.")
         self._sampler = sampler
+        self._phases = tuple(phases)
         self._batch_size, self._rank, self._world_size = micro_batch_size, rank, world_size
         self._seed = seed
         self._grouped = length_grouped
@@ -213,7 +220,12 @@ class SceneLoader:
             "window_batches": self._window_batches,
             "num_epochs": self._num_epochs,
             "sampler": self._sampler.settings,
+            **({"phases": [[batch, sampler.settings] for batch, sampler in self._phases]} if self._phases else {}),
         }
+
+    def _sampler_of(self, window: int) -> SceneSampler:
+        begun = [sampler for batch, sampler in self._phases if batch <= window * self._window_batches]
+        return begun[-1] if begun else self._sampler
 
     def _permute(self, epoch: int) -> NDArray[np.int64]:
         return np.random.default_rng([self._seed, 0, epoch]).permutation(len(self._clips))
@@ -223,11 +235,11 @@ class SceneLoader:
         stop = (window + 1) * self._window_rows
         if self._num_epochs is not None:
             stop = min(stop, self._num_epochs * len(self._clips))
-        scenes = []
+        sampler, scenes = self._sampler_of(window), []
         for position in range(window * self._window_rows + self._rank, stop, self._world_size):
             epoch, place = divmod(position, len(self._clips))
             row = int(self._permutation(epoch)[place])
-            scenes.append((row, self._sampler.scene(self._clips[row], epoch, row)))
+            scenes.append((row, sampler.scene(self._clips[row], epoch, row)))
         if self._grouped:
             scenes.sort(key=lambda scene: -len(scene[1].ids))
         batches = [scenes[i : i + self._batch_size] for i in range(0, len(scenes), self._batch_size)]

@@ -9,7 +9,8 @@ from __future__ import annotations
 
 import dataclasses
 import functools
-from collections.abc import Callable, Mapping
+import math
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any, Literal, cast
 
@@ -34,7 +35,7 @@ from poet.training.parallelism import Parallelism
 from poet.training.replicas import Replicas
 from poet.training.speed import SpeedLog
 
-__all__ = ["LanguageRecipe", "LanguageRun", "LanguageTraining", "ModelSize"]
+__all__ = ["LanguageRecipe", "LanguageRun", "LanguageTraining", "ModelSize", "TaskPhase"]
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -58,6 +59,19 @@ class ModelSize:
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
+class TaskPhase:
+    """Tasks of the beginning of a run.
+
+    Attributes:
+        until: share of the steps at whose end, or at the next 32nd step, the next phase begins.
+        tasks: task name to weight.
+    """
+
+    until: float
+    tasks: dict[str, float]
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
 class LanguageRecipe:
     """How to train the language model. The YAML recipe has the same keys.
 
@@ -68,6 +82,8 @@ class LanguageRecipe:
         start_from: a bundle whose weights to begin with; null starts from random weights.
         model: sizes.
         tasks: task name to weight.
+        phases: other tasks for the beginning, such as mostly images for the first quarter (VideoPoet, section 4); after
+            the last of them come `tasks`.
         text_dropout: share of scenes whose text is replaced by <null>.
         optional_share: share of scenes in which an input that the task may do without is given.
         num_steps: optimiser steps in all.
@@ -98,6 +114,7 @@ class LanguageRecipe:
     start_from: Path | None = None
     model: ModelSize = dataclasses.field(default_factory=ModelSize)
     tasks: dict[str, float] = dataclasses.field(default_factory=lambda: {"text_to_video_audio": 1.0})
+    phases: tuple[TaskPhase, ...] = ()
     text_dropout: float = 0.1
     optional_share: float = 0.5
     num_steps: int = 2_000
@@ -124,6 +141,9 @@ class LanguageRecipe:
         for name in ("num_steps", "batch_size", "validation_batches", "learning_rate", "muon_learning_rate"):
             if not getattr(self, name) > 0:
                 raise ConfigError(f"{name} must be positive, got {getattr(self, name)!r}.")
+        ends = [phase.until for phase in self.phases]
+        if ends != sorted(set(ends)) or any(not 0 < end < 1 for end in ends):
+            raise ConfigError(f"phases must end at ascending shares of the steps between 0 and 1, got {ends}.")
         if self.spike_ratio <= 1 or self.max_skipped_steps < 0:
             raise ConfigError(
                 "spike_ratio must be above 1 and max_skipped_steps not negative, got "
@@ -148,8 +168,8 @@ class LanguageRun:
         self.bundle = Bundle.open(recipe.bundle, require_model=False)
         self.config = recipe.model.to_config(self.bundle.vocabulary.padded_vocab_size)
         self.guard = StepGuard(recipe.spike_ratio, recipe.max_skipped_steps)
-        self.loader = self._open(recipe.shards, recipe.tasks, recipe.text_dropout)
-        self.validation = self._open(recipe.validation_shards, recipe.tasks, 0.0)
+        self.loader = self._open(recipe.shards, recipe.text_dropout, recipe.phases)
+        self.validation = self._open(recipe.validation_shards, 0.0, ())
 
     def step_metrics(
         self, step: int, batch: Batch, losses: Mapping[str, float], gradient_norm: float, *, admitted: bool
@@ -209,6 +229,11 @@ class LanguageRun:
                 f"{self.bundle.path} has {self.bundle.fingerprint[:12]}. Name the bundle it was begun with."
             )
 
+    @property
+    def trained_tasks(self) -> set[str]:
+        """Names of all tasks that the run shows."""
+        return {name for tasks in (self.recipe.tasks, *(phase.tasks for phase in self.recipe.phases)) for name in tasks}
+
     def export_weights(self, directory: Path, state: Mapping[str, Tensor]) -> None:
         """Write the bundle with these weights, all of them under their canonical names."""
         dtype = getattr(torch, self.recipe.export_dtype)
@@ -217,25 +242,32 @@ class LanguageRun:
         export_bundle(
             directory,
             self.bundle,
-            config | {TRAINED_TASKS_KEY: sorted(self.recipe.tasks)},
+            config | {TRAINED_TASKS_KEY: sorted(self.trained_tasks)},
             lambda path: save_file(weights, path, metadata={"format": "pt"}),
             overwrite=True,
         )
 
-    def _open(self, shards: Path, tasks: Mapping[str, float], text_dropout: float) -> SceneLoader:
-        sampler = SceneSampler(
-            self.bundle.vocabulary,
-            self.bundle.text_tokenizer,
-            tasks,
-            text_dropout=text_dropout,
-            optional_share=self.recipe.optional_share,
-            seed=self.recipe.seed,
-        )
+    def _open(self, shards: Path, text_dropout: float, phases: Sequence[TaskPhase]) -> SceneLoader:
+        recipe = self.recipe
+
+        def sampler(tasks: Mapping[str, float]) -> SceneSampler:
+            return SceneSampler(
+                self.bundle.vocabulary,
+                self.bundle.text_tokenizer,
+                tasks,
+                text_dropout=text_dropout,
+                optional_share=recipe.optional_share,
+                seed=recipe.seed,
+            )
+
+        first, *later = [sampler(tasks) for tasks in (*(phase.tasks for phase in phases), recipe.tasks)]
+        borders = [math.ceil(phase.until * recipe.num_steps) for phase in phases]
         return SceneLoader(
             open_shards(shards, self.bundle.fingerprint),
-            sampler,
-            micro_batch_size=self.recipe.batch_size,
-            seed=self.recipe.seed,
+            first,
+            phases=list(zip(borders, later, strict=True)),
+            micro_batch_size=recipe.batch_size,
+            seed=recipe.seed,
             max_length=self.config.scene_length,
         )
 

@@ -362,7 +362,7 @@ class MegatronTraining(LanguageRun):
         return {
             "config": self.config.to_dict(),
             "fingerprint": self.bundle.fingerprint,
-            "trained_tasks": sorted(self.recipe.tasks),
+            "trained_tasks": sorted(self.trained_tasks),
             "dtype": self.recipe.export_dtype,
         }
 

@@ -28,7 +28,8 @@ def scores(report: dict[str, Any], commit: str) -> str:
     """What the model writes, from the report.json of `poet evaluate`."""
     about, summary = report["about"], report["summary"]
     count = max(found["count"] for found in summary["seen"].values())
-    sampling = f"temperature {about['temperature']}, top-p {about['top_p']}, top-k {about['top_k'] or 'off'}"
+    sampling = f"temperature {about['temperature']}, top-p {about['top_p']}, top-k {about['top_k'] or 'off'}, "
+    sampling += f"guidance {about['guidance_scale']}"
     lines = [
         f"Share of {count} generated clips a split in which the judge sees and hears what the caption says",
         f"(`poet evaluate`, commit {commit}, {about['date']}, {about['engine']}, {sampling}). *Seen* are new clips of",

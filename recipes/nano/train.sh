@@ -16,7 +16,7 @@ if [ "$DEVICE" = cuda ]; then
 fi
 
 "$POET" train recipes/nano/text_tokenizer.yaml -o $RUN/text_tokenizer
-for stage in audio_tokenizer audio_tokenizer_detail audio_tokenizer_hard; do
+for stage in audio_tokenizer audio_tokenizer_detail audio_tokenizer_hard audio_decoder; do
   "$POET" train recipes/nano/$stage.yaml -o $RUN/$stage --device "$DEVICE" "${AUDIO[@]}"
 done
 for stage in video_tokenizer video_tokenizer_detail video_tokenizer_hard; do

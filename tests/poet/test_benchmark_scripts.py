@@ -121,7 +121,14 @@ def test_shares_are_read_from_the_report_by_split() -> None:
     script = _load(ROOT / "recipes" / "nano" / "fill_scores.py")
     found = {"right": 3, "count": 4, "share": 0.75}
     report = {
-        "about": {"date": "2026-11-20", "engine": "torch", "temperature": 0.9, "top_p": 1.0, "top_k": 0},
+        "about": {
+            "date": "2026-11-20",
+            "engine": "torch",
+            "temperature": 0.9,
+            "top_p": 1.0,
+            "top_k": 0,
+            "guidance_scale": 2.0,
+        },
         "summary": {"seen": {"colour": found, "sync": found}, "unseen": {"colour": {**found, "share": 0.5}}},
         "measures": {"attributes right, seen": 0.751, "attributes right, unseen": 0.5},
     }
@@ -130,7 +137,7 @@ def test_shares_are_read_from_the_report_by_split() -> None:
     assert "| colour | 75.0 % | 50.0 % |" in lines
     assert "| picture and sound in step | 75.0 % |  |" in lines
     assert "4 generated clips" in lines[0]
-    assert "abc1234, 2026-11-20, torch, temperature 0.9, top-p 1.0, top-k off" in lines[1]
+    assert "abc1234, 2026-11-20, torch, temperature 0.9, top-p 1.0, top-k off, guidance 2.0" in lines[1]
 
 
 def test_scores_carry_the_commit_that_the_report_names_and_the_present_one_only_for_a_report_without(

@@ -26,7 +26,7 @@ from poet.media import Clip
 from poet.model.weights import load_transformer
 from poet.testing import tiny_tokenizer_bundle
 from poet.training.config import to_plain
-from poet.training.language import LanguageRecipe, LanguageTraining, ModelSize
+from poet.training.language import LanguageRecipe, LanguageTraining, ModelSize, TaskPhase
 from poet.training.loop import LoopConfig, fit
 from poet.training.losses import modality_means, target_losses
 from poet.training.recipes import train
@@ -378,3 +378,24 @@ def test_a_recipe_file_trains_and_a_run_keeps_its_recipe(ground: Ground, tmp_pat
     assert Bundle.open(run / "export").model_config.hidden_size == 48
     with pytest.raises(ConfigError, match="another recipe: num_steps was 2, is 3; validation_batches was 1, is 8"):
         train(file, ["num_steps=3"], run)
+
+
+def test_a_run_sees_the_tasks_of_its_phase(ground: Ground) -> None:
+    images = TaskPhase(until=0.25, tasks={"text_to_image": 9.0, "text_to_audio": 1.0})
+    training = ground.training(num_steps=256, phases=(images,), tasks={"captioning": 1.0}, text_dropout=0.0)
+    special = training.bundle.vocabulary.special
+
+    def kinds(batches: range) -> set[int]:
+        return {int(id) for number in batches for id in training.loader.batch(number)["ids"][:, 1]}
+
+    assert kinds(range(64)) == {special("<to_image>"), special("<to_audio>")}
+    assert kinds(range(64, 128)) == {special("<to_text>")}
+    validated = training.validation.batch(0)["ids"][:, 1]
+    assert set(validated.tolist()) == {special("<to_text>")}
+    assert training.trained_tasks == {"text_to_image", "text_to_audio", "captioning"}
+
+
+@pytest.mark.parametrize("ends", [(0.0,), (1.0,), (0.5, 0.2), (0.5, 0.5)])
+def test_phases_that_do_not_follow_each_other_are_refused(ground: Ground, ends: tuple[float, ...]) -> None:
+    with pytest.raises(ConfigError, match="phases must end at ascending shares"):
+        ground.recipe(phases=tuple(TaskPhase(until=end, tasks={"captioning": 1.0}) for end in ends))
