@@ -103,7 +103,11 @@ def test_what_is_seen_and_heard_follows_the_sentence(bundle: Bundle) -> None:
                     task="text_to_video_audio",
                     text=clip.caption,
                     sampling=SamplingConfig(
-                        temperature=defaults.temperature, top_k=defaults.top_k, top_p=defaults.top_p, seed=number
+                        temperature=defaults.temperature,
+                        top_k=defaults.top_k,
+                        top_p=defaults.top_p,
+                        guidance_scale=defaults.guidance_scale,
+                        seed=number,
                     ),
                 )
                 for number, clip in enumerate(drawn)
@@ -118,8 +122,8 @@ def test_what_is_seen_and_heard_follows_the_sentence(bundle: Bundle) -> None:
     # By chance a quarter of the backgrounds would be right, half the sizes, and an eighth to a third of the others.
     shares = {name: np.mean([mark[name] for mark in marks if name in mark]) for name in ATTRIBUTES}
     assert shares["background"] >= 0.9, shares
-    assert shares["colour"] >= 0.75, shares
-    assert np.mean(list(shares.values())) >= 0.75, shares
+    assert shares["colour"] >= 0.8, shares
+    assert np.mean(list(shares.values())) >= 0.84, shares
 
 
 def _changes(frames: np.ndarray) -> np.ndarray:
