@@ -7,14 +7,20 @@ meanwhile goes on from the one before. What is in it is `poet.training.megatron_
 from __future__ import annotations
 
 import contextlib
+import ctypes
+import multiprocessing
+import os
 import shutil
+import signal
 from collections.abc import Iterator, Mapping
+from multiprocessing.managers import SyncManager
 from pathlib import Path
 from typing import Any, Final, Protocol, cast
 
 import torch
 from megatron.core import dist_checkpointing
 from megatron.core.dist_checkpointing.core import CheckpointingException
+from megatron.core.dist_checkpointing.strategies import filesystem_async
 from megatron.core.dist_checkpointing.strategies.async_utils import AsyncCallsQueue
 from torch import distributed
 from torch.distributed.checkpoint.api import CheckpointException
@@ -26,6 +32,8 @@ __all__ = ["FOLDER", "DistributedCheckpoints", "ShardedTrainable"]
 
 FOLDER: Final = "checkpoints"
 KEPT: Final = 2
+_SET_PARENT_DEATH_SIGNAL: Final = 1  # prctl's PR_SET_PDEATHSIG
+_MANAGERS: Final[list[SyncManager]] = []  # one at most; it ends when nobody holds it any more
 
 
 class ShardedTrainable(Trainable, Protocol):
@@ -51,6 +59,7 @@ class DistributedCheckpoints:
     def __init__(self, run: Path) -> None:
         self.run, self.directory = run, run / FOLDER
         self.leads = distributed.get_rank() == 0
+        _share_results_with_a_fork()
         self._queue = AsyncCallsQueue()
         self._written: list[Path] = []
 
@@ -140,6 +149,28 @@ class DistributedCheckpoints:
                     for old in sorted(self.directory.glob("step-????????"))[:-KEPT]:
                         shutil.rmtree(old, ignore_errors=True)
                 distributed.barrier()
+
+
+def _share_results_with_a_fork() -> None:
+    """Give Megatron the queue through which its writers report, from a process that is forked and ends with this one.
+
+    Megatron would spawn that process: it imports everything again, four seconds of a core for every process of a run,
+    and stays for ever when this one is killed.
+    """
+    if filesystem_async._results_queue is None:
+        manager = SyncManager(ctx=multiprocessing.get_context("fork"))
+        manager.start(_end_with_parent, (os.getpid(),))
+        filesystem_async._results_queue = manager.Queue()
+        _MANAGERS.append(manager)
+
+
+def _end_with_parent(parent: int) -> None:
+    """Ask Linux to end this process when its parent ends, however that comes."""
+    signal.signal(signal.SIGINT, signal.SIG_IGN)  # the parent goes on until its step is saved
+    signal.signal(signal.SIGTERM, signal.SIG_IGN)
+    ctypes.CDLL(None).prctl(_SET_PARENT_DEATH_SIGNAL, signal.SIGKILL)
+    if os.getppid() != parent:  # it has ended meanwhile
+        os._exit(0)
 
 
 @contextlib.contextmanager

@@ -45,6 +45,7 @@ CUTS = {
     "pipeline 2": (2, {"pipeline_parallel_size": 2, "first_stage_layers": 1, "micro_batch_size": 2}),
     "data 2": (2, {}),
     "data 2 with a shared optimizer": (2, {"distributed_optimizer": True, "micro_batch_size": 2}),
+    "tensor 2, shared optimizer": (2, {"tensor_parallel_size": 2, "distributed_optimizer": True}),
     "tensor 2 with sequence parallel": (2, {"tensor_parallel_size": 2, "sequence_parallel": True}),
     "tensor 2, pipeline 2, recomputed": (
         4,
@@ -104,7 +105,7 @@ def ground(tmp_path_factory: pytest.TempPathFactory) -> Ground:
 
 
 def loop(num_steps: int = STEPS) -> LoopConfig:
-    return LoopConfig(num_steps=num_steps, log_every=1, validate_every=7, checkpoint_seconds=1e9)
+    return LoopConfig(num_steps=num_steps, log_every=1, validate_every=14, checkpoint_seconds=1e9)
 
 
 def train(recipe: LanguageRecipe, config: LoopConfig, directory: Path) -> bool:
@@ -148,7 +149,9 @@ METRICS = (
 )
 
 
-@pytest.mark.parametrize("cut", CUTS)
+@pytest.mark.parametrize(
+    "cut", [pytest.param(cut, marks=[pytest.mark.slow] if CUTS[cut][0] > 2 else []) for cut in CUTS]
+)
 def test_every_cut_has_the_references_curve_and_weights(
     ground: Ground, reference: Path, tmp_path: Path, cut: str
 ) -> None:
@@ -189,7 +192,11 @@ def test_the_same_steps_are_left_out(ground: Ground, tmp_path: Path) -> None:
     "cuts",
     [
         ("tensor 2", "pipeline 2", "data 2", "one process"),
-        ("data 2 with a shared optimizer", "pipeline 2, data 2, everything", "data 2 with a shared optimizer"),
+        pytest.param(
+            ("data 2 with a shared optimizer", "pipeline 2, data 2, everything", "data 2 with a shared optimizer"),
+            marks=pytest.mark.slow,
+        ),
+        ("data 2 with a shared optimizer", "tensor 2, shared optimizer"),
     ],
 )
 def test_a_run_goes_on_in_another_cut(ground: Ground, reference: Path, tmp_path: Path, cuts: tuple[str, ...]) -> None:
@@ -229,12 +236,13 @@ def train_until_killed(recipe: LanguageRecipe, config: LoopConfig, directory: Pa
     return train(recipe, config, directory)
 
 
-def test_runs_that_are_killed_at_any_step_repeat_and_skip_nothing(ground: Ground, tmp_path: Path) -> None:
+@pytest.mark.parametrize("kills", [1, pytest.param(5, marks=pytest.mark.slow)])
+def test_runs_that_are_killed_at_any_step_repeat_and_skip_nothing(ground: Ground, tmp_path: Path, kills: int) -> None:
     recipe = ground.recipe(parallel=Parallelism(tensor_parallel_size=2))
-    config = dataclasses.replace(loop(20), checkpoint_seconds=0)
+    config = dataclasses.replace(loop(8 + 2 * kills), checkpoint_seconds=0)
     in_processes(2, train, recipe, config, tmp_path / "whole")
     random = np.random.default_rng(int(torch.initial_seed() % 2**32))
-    for step in sorted(random.choice(np.arange(1, 20), 5, replace=False).tolist()):
+    for step in sorted(random.choice(np.arange(1, 8 + 2 * kills), kills, replace=False).tolist()):
         rank = int(random.integers(2))
         print(f"rank {rank} is killed at step {step}")
         # The survivor may notice first, and end with an error of its own.

@@ -69,7 +69,7 @@ def steps(run: Path) -> list[int]:
     return [json.loads(line)["step"] for line in lines if '"loss"' in line]
 
 
-@pytest.mark.parametrize("killed", [0, 1])
+@pytest.mark.parametrize("killed", [pytest.param(0, marks=pytest.mark.slow), 1])
 def test_when_one_host_is_lost_the_other_ends_and_names_it_and_a_restart_goes_on(
     recipe: Path, tmp_path: Path, killed: int
 ) -> None:
