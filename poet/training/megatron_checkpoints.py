@@ -28,7 +28,13 @@ from torch.distributed.checkpoint.api import CheckpointException
 from poet.errors import CheckpointError, ConfigError, PoetError
 from poet.training.loop import ONE_FILE, Trainable
 
-__all__ = ["FOLDER", "DistributedCheckpoints", "ShardedTrainable"]
+__all__ = [
+    "FOLDER",
+    "DistributedCheckpoints",
+    "ShardedTrainable",
+    "share_results_with_a_fork",
+    "stop_sharing_results",
+]
 
 FOLDER: Final = "checkpoints"
 KEPT: Final = 2
@@ -59,7 +65,7 @@ class DistributedCheckpoints:
     def __init__(self, run: Path) -> None:
         self.run, self.directory = run, run / FOLDER
         self.leads = distributed.get_rank() == 0
-        _share_results_with_a_fork()
+        share_results_with_a_fork()
         self._queue = AsyncCallsQueue()
         self._written: list[Path] = []
 
@@ -151,17 +157,30 @@ class DistributedCheckpoints:
                 distributed.barrier()
 
 
-def _share_results_with_a_fork() -> None:
+def share_results_with_a_fork() -> SyncManager | None:
     """Give Megatron the queue through which its writers report, from a process that is forked and ends with this one.
+
+    Returns:
+        That process's manager, or None if there is one already. `stop_sharing_results` ends it.
 
     Megatron would spawn that process: it imports everything again, four seconds of a core for every process of a run,
     and stays for ever when this one is killed.
     """
-    if filesystem_async._results_queue is None:
-        manager = SyncManager(ctx=multiprocessing.get_context("fork"))
-        manager.start(_end_with_parent, (os.getpid(),))
-        filesystem_async._results_queue = manager.Queue()
-        _MANAGERS.append(manager)
+    if filesystem_async._results_queue is not None:
+        return None
+    manager = SyncManager(ctx=multiprocessing.get_context("fork"))
+    manager.start(_end_with_parent, (os.getpid(),))
+    filesystem_async._results_queue = manager.Queue()
+    _MANAGERS.append(manager)
+    return manager
+
+
+def stop_sharing_results(manager: SyncManager | None) -> None:
+    """Undo what `share_results_with_a_fork` did, if it did something."""
+    if manager is not None:
+        filesystem_async._results_queue = None
+        _MANAGERS.remove(manager)
+        manager.shutdown()
 
 
 def _end_with_parent(parent: int) -> None:

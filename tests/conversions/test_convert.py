@@ -117,7 +117,9 @@ def damaged(checkpoint: Path, target: Path, drop: str, add: str | None) -> Path:
             part.key = add
             state[add] = part
         target.mkdir()
+        manager = files.share_results_with_a_fork()
         dist_checkpointing.save({**state, files.ABOUT_KEY: about.to_dict()}, str(target))
+        files.stop_sharing_results(manager)
     return target
 
 

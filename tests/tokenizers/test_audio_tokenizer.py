@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import dataclasses
+import os
 from pathlib import Path
 from typing import Any
 
@@ -295,7 +296,18 @@ def test_a_missing_or_foreign_official_file_is_named(tmp_path: Path) -> None:
         load_official_24khz(tmp_path / "other.th")
 
 
+class Harmful:
+    """Pickled, it makes a directory when it is opened."""
+
+    def __init__(self, path: Path) -> None:
+        self.path = path
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        return os.mkdir, (str(self.path),)
+
+
 def test_a_pickle_that_would_run_code_is_not_opened(tmp_path: Path) -> None:
-    torch.save({"weights": Path("secret")}, tmp_path / "pickle.th")
+    torch.save({"weights": Harmful(tmp_path / "harm")}, tmp_path / "pickle.th")
     with pytest.raises(CheckpointError, match="plain PyTorch state dict"):
         load_official_24khz(tmp_path / "pickle.th")
+    assert not (tmp_path / "harm").exists()

@@ -28,6 +28,7 @@ from poet.errors import CheckpointError, PoetError
 from poet.model.attention import SceneLayout
 from poet.model.config import PoetConfig
 from poet.training.loop import writing
+from poet.training.megatron_checkpoints import share_results_with_a_fork, stop_sharing_results
 from poet.training.megatron_cpu import cpu_for_cuda
 from poet.training.megatron_keymap import from_megatron
 from poet.training.megatron_model import PoetGPTModel, load_weights, to_transformer_config
@@ -140,7 +141,11 @@ def write_weights(path: Path, weights: Mapping[str, Tensor], about: About) -> No
         load_weights(model, {name: weight.float() for name, weight in weights.items()})
         shutil.rmtree(beside, ignore_errors=True)
         beside.mkdir(parents=True)
-        dist_checkpointing.save({**model.sharded_state_dict(), ABOUT_KEY: about.to_dict()}, str(beside))
+        manager = share_results_with_a_fork()
+        try:
+            dist_checkpointing.save({**model.sharded_state_dict(), ABOUT_KEY: about.to_dict()}, str(beside))
+        finally:
+            stop_sharing_results(manager)
         beside.rename(path)
 
 
