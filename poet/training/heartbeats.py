@@ -64,8 +64,9 @@ class Heartbeats:
         self._thread.start()
         try:
             yield
-        except RuntimeError as error:  # what gloo and NCCL raise, PyTorch's DistBackendError included
-            lost = self.wait_for_lost()
+        # What gloo and NCCL raise, PyTorch's DistBackendError included; and what became of it while saving.
+        except (RuntimeError, CheckpointError) as error:
+            lost = self.wait_for_lost() if self.world_size > 1 else []
             if not lost:
                 raise
             raise CheckpointError(self._describe(lost)) from error

@@ -36,6 +36,12 @@ def test_a_failed_exchange_names_who_is_gone(tmp_path: Path) -> None:
         raise RuntimeError("Connection closed by peer [127.0.0.1]:1234")
 
 
+def test_so_does_an_exchange_that_failed_while_saving(tmp_path: Path) -> None:
+    with pytest.raises(CheckpointError, match=r"rank 1 .* was lost"), heart(tmp_path, 0).beating():
+        (tmp_path / "rank-00001").write_text("elsewhere 4321")
+        raise CheckpointError("a checkpoint cannot be written: Connection reset by peer")
+
+
 def test_other_errors_are_left_as_they_are(tmp_path: Path) -> None:
     with heart(tmp_path, 1).beating():
         with pytest.raises(RuntimeError, match="a defect"), heart(tmp_path, 0).beating():
