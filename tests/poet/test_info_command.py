@@ -10,7 +10,6 @@ import numpy as np
 import pytest
 
 from poet.bundle import Bundle
-from poet.cli.main import main
 from poet.data.manifest import Manifest
 from poet.media import Clip, probe, write_clip
 from poet.testing import tiny_bundle
@@ -21,21 +20,6 @@ def bundle(tmp_path_factory: pytest.TempPathFactory) -> Path:
     directory = tmp_path_factory.mktemp("bundle") / "tiny"
     tiny_bundle(directory)
     return directory
-
-
-@pytest.fixture
-def call(
-    capsys: pytest.CaptureFixture[str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> Callable[..., tuple[int, str, str]]:
-    """A command in an empty directory: exit code, standard output, standard error."""
-    monkeypatch.chdir(tmp_path)
-
-    def call(*arguments: object) -> tuple[int, str, str]:
-        code = main([str(argument) for argument in arguments])
-        captured = capsys.readouterr()
-        return code, captured.out, captured.err
-
-    return call
 
 
 def film(
