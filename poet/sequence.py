@@ -1,6 +1,7 @@
 """The order of ids: codes to one scene of ids and back, and the grammar of what may be written next.
 
-The only file that knows order (SPEC, section 3). It does not know offsets (`poet.vocabulary`), tensors or codecs.
+The only file that knows order (SPEC, section 3), and therefore a long one. It does not know offsets
+(`poet.vocabulary`), tensors or codecs.
 
     <bos> <task> [<parallel>] [<res>] [<text> pieces </text>] [<source> <video_in> codes </video_in>]
     [<audio_in> codes </audio_in>] | <video_out> codes </video_out> <audio_out> codes </audio_out>
@@ -42,6 +43,7 @@ __all__ = [
     "Allowed",
     "Grammar",
     "GrammarState",
+    "OutputPlaces",
     "PackedScene",
     "Scene",
     "Segment",
@@ -51,6 +53,7 @@ __all__ = [
     "grammar_to_json",
     "max_output_length",
     "output_grammar",
+    "output_places",
     "pack",
     "pack_prefix",
     "pad_scene",
@@ -495,3 +498,43 @@ def output_grammar(
         pieces = Segment(max_text_pieces, *vocabulary.text_range, stop=vocabulary.special("</text_out>"))
         grammar += [one["<text_out>"], pieces]
     return (*grammar, one["<eos>"])
+
+
+class OutputPlaces(NamedTuple):
+    """Where the codes of an output stand, counted from the first id behind the prefix.
+
+    Attributes:
+        video: (T, h, w) int64 places of the video's codes, or None.
+        audio: (K, A) int64 places of the sound's codes, or None.
+    """
+
+    video: Ids | None
+    audio: Ids | None
+
+
+def output_places(
+    task: str | Task,
+    vocabulary: Vocabulary,
+    *,
+    video_latent_shape: tuple[int, int, int] | None = None,
+    num_audio_latents: int | None = None,
+) -> OutputPlaces:
+    """Where the codes of a task's output stand; arguments and errors as of `output_grammar`.
+
+    Raises:
+        VocabularyError: the task writes text, whose length is open.
+    """
+    row = task if isinstance(task, Task) else get_task(task)
+    grammar = output_grammar(
+        row, vocabulary, video_latent_shape=video_latent_shape, num_audio_latents=num_audio_latents
+    )
+    low, high = place_ranges(grammar)
+    free = np.flatnonzero(high - low > 1)
+    video = audio = None
+    if row.writes_video:
+        assert video_latent_shape is not None
+        count = int(np.prod(video_latent_shape))
+        video, free = free[:count].reshape(video_latent_shape), free[count:]
+    if row.writes_audio:
+        audio = free.reshape(vocabulary.num_audio_codebooks, -1)
+    return OutputPlaces(video, audio)

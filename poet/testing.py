@@ -232,7 +232,9 @@ def tiny_bundle(directory: Path, *, seed: int = 0, config: dict[str, Any] | None
         )
 
 
-def tiny_shards(bundle: Bundle, directory: Path, *, count: int = 23, seed: int = 0) -> Path:
+def tiny_shards(
+    bundle: Bundle, directory: Path, *, count: int = 23, seed: int = 0, num_latent_frames: int | None = None
+) -> Path:
     """Write token shards of random clips with captions of many lengths, with picture and sound.
 
     Args:
@@ -240,13 +242,14 @@ def tiny_shards(bundle: Bundle, directory: Path, *, count: int = 23, seed: int =
         directory: made if missing.
         count: clips.
         seed: of codes and captions.
+        num_latent_frames: of every clip; None: 2 to 4.
     """
     from poet.data.shards import EncodedClip, ShardWriter
 
     vocabulary, rng = bundle.vocabulary, np.random.default_rng(seed)
     clips = []
     for number in range(count):
-        geometry = tiny_geometry(vocabulary, num_latent_frames=2 + number % 3)
+        geometry = tiny_geometry(vocabulary, num_latent_frames=num_latent_frames or 2 + number % 3)
         parts = random_parts("text_to_video_audio", vocabulary, geometry, rng)
         assert parts.video_out is not None
         assert parts.audio_out is not None

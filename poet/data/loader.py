@@ -23,12 +23,14 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
-from poet.data.packing import SceneSampler, modalities
+from poet.data.packing import MODALITIES, SceneSampler, modalities
 from poet.data.shards import EncodedClip
 from poet.errors import ConfigError, ShapeError
 from poet.sequence import PackedScene
 
 __all__ = ["Batch", "ClipRows", "SceneLoader"]
+
+_FROM_SEEN_TO_MASKED = MODALITIES.index("masked_video") - MODALITIES.index("video")
 
 
 class ClipRows(Protocol):
@@ -44,6 +46,7 @@ class Batch(TypedDict):
 
     Attributes:
         ids: (B, L) int64, filled up with <pad> on the right.
+        inputs: (B, L) int64, what the model is shown: `ids`, with <mask> at the targets of scenes that are parallel.
         prefix_len: (B,) int64.
         lengths: (B,) int64, ids of each scene without padding.
         loss_mask: (B, L) bool, True where ids[b, i] is a target.
@@ -53,6 +56,7 @@ class Batch(TypedDict):
     """
 
     ids: Tensor
+    inputs: Tensor
     prefix_len: Tensor
     lengths: Tensor
     loss_mask: Tensor
@@ -264,12 +268,16 @@ class SceneLoader:
             loss_mask[place, : len(scene.ids)] = scene.loss_mask
         # <parallel> can stand in the third place alone.
         parallel = ids[:, 2] == vocabulary.special("<parallel>")
+        hidden = parallel[:, None] & loss_mask
+        kinds = modalities(ids, vocabulary)
+        kinds[hidden] += _FROM_SEEN_TO_MASKED
         return Batch(
             ids=torch.from_numpy(ids),
+            inputs=torch.from_numpy(np.where(hidden, vocabulary.special("<mask>"), ids)),
             prefix_len=torch.tensor([scene.prefix_len for _, scene in chosen]),
             lengths=torch.tensor(lengths),
             loss_mask=torch.from_numpy(loss_mask),
-            modality=torch.from_numpy(modalities(ids, vocabulary)),
+            modality=torch.from_numpy(kinds),
             parallel=torch.from_numpy(parallel),
             rows=torch.tensor([row for row, _ in chosen]),
         )

@@ -16,17 +16,22 @@ from typing import Final, NamedTuple
 import numpy as np
 from numpy.typing import NDArray
 
+from poet.data.masking import MaskSampler
 from poet.data.shards import EncodedClip
 from poet.errors import ConfigError, ShapeError
-from poet.sequence import PackedScene, Scene, pack
+from poet.sequence import PackedScene, Scene, output_places, pack
 from poet.tasks import ClipGeometry, ClipParts, Task, get_task
 from poet.vocabulary import Vocabulary
 from poet_tokenizers.base import TextTokenizer
 
 __all__ = ["MODALITIES", "PackedRow", "SceneSampler", "join_scenes", "modalities", "pack_rows"]
 
-MODALITIES: Final = ("special", "text", "video", "audio")
-"""What an id can be; `modalities` gives places in this tuple."""
+MODALITIES: Final = ("special", "text", "video", "audio", "masked_video", "masked_audio")
+"""What an id can be; `modalities` gives places in this tuple. The last two are targets of scenes that are written many
+ids at once: their losses say something else."""
+
+DEFAULT_MASKS: Final = {"cosine": 0.5, "uniform": 0.1, "block": 0.1, "frame": 0.15, "level": 0.15}
+"""Weights of the ways to hide places, `poet.data.masking`."""
 
 
 class SceneSampler:
@@ -40,7 +45,9 @@ class SceneSampler:
         text_dropout: share of scenes with a text whose pieces are all replaced by <null>, for guidance.
         optional_share: share of scenes in which an input that the task may do without is given. A model that shall
             animate an image with and without a prompt has to see both.
-        parallel_share: share of scenes marked to be written many ids at once.
+        parallel_share: share of scenes learnt as ones that are written many ids at once: marked so, with a part of
+            their places hidden, which are their targets. Tasks that write text are never among them.
+        masks: weights of the ways to hide, kinds of `poet.data.masking.MASK_KINDS`.
         seed: of everything that is drawn.
 
     Raises:
@@ -56,6 +63,7 @@ class SceneSampler:
         text_dropout: float = 0.1,
         optional_share: float = 0.5,
         parallel_share: float = 0.0,
+        masks: Mapping[str, float] = DEFAULT_MASKS,
         seed: int = 0,
     ) -> None:
         shares = {"text_dropout": text_dropout, "optional_share": optional_share, "parallel_share": parallel_share}
@@ -79,6 +87,7 @@ class SceneSampler:
         self._text_dropout = text_dropout
         self._optional_share = optional_share
         self._parallel_share = parallel_share
+        self._masks = MaskSampler(masks)
         self._seed = seed
         self._choices = functools.lru_cache(maxsize=None)(self._find_choices)
 
@@ -91,6 +100,7 @@ class SceneSampler:
             "text_dropout": self._text_dropout,
             "optional_share": self._optional_share,
             "parallel_share": self._parallel_share,
+            **({"masks": self._masks.weights} if self._parallel_share > 0 else {}),
             "seed": self._seed,
         }
 
@@ -127,7 +137,21 @@ class SceneSampler:
             resolution=None if parts.video_in is None and parts.video_out is None else clip.resolution,
         )
         drop_text = gives_text and bool(drop_draw < self._text_dropout)
-        return pack(scene, self.vocabulary, drop_text=drop_text, parallel=bool(parallel_draw < self._parallel_share))
+        parallel = not task.writes_text and bool(parallel_draw < self._parallel_share)
+        packed = pack(scene, self.vocabulary, drop_text=drop_text, parallel=parallel)
+        return self._hide(packed, scene, task, rng) if parallel else packed
+
+    def _hide(self, packed: PackedScene, scene: Scene, task: Task, rng: np.random.Generator) -> PackedScene:
+        """The scene with hidden places as its only targets."""
+        video, audio = output_places(
+            task,
+            self.vocabulary,
+            video_latent_shape=None if scene.video_out is None else scene.video_out.shape,
+            num_audio_latents=None if scene.audio_out is None else scene.audio_out.shape[1],
+        )
+        loss_mask = np.zeros_like(packed.loss_mask)
+        loss_mask[packed.prefix_len + self._masks.draw(video, audio, rng)] = True
+        return packed._replace(loss_mask=loss_mask)
 
     def _draw_task(self, clip: EncodedClip, draw: float) -> Task:
         num_latent_frames = 0 if clip.video_codes is None else len(clip.video_codes)

@@ -48,12 +48,15 @@ class AudioTokenizerRecipe:
         validation_source: name of the sounds to measure on.
         source_clips: distinct clips to learn from, drawn once, kept in memory and gone through in turn.
         start_from: directory of a tokenizer, codebooks included, to begin with; null starts from random weights.
-        decoder_only: leave encoder and codebooks as `start_from` has them, so that codes keep their meaning.
+        decoder_only: leave encoder and codebooks as `start_from` has them, so that codes keep their meaning. The codec
+            may then have a decoder of another shape, which starts from random weights.
         num_steps: optimiser steps in all.
         batch_size: B, clips a step.
         num_samples: S, samples of each clip that a step sees; a stretch, on a hop's border, of longer clips.
         hard_share: of a batch, how many clips are drawn in proportion to the error that they had when last seen; the
             others are gone through in turn.
+        hard_measure: what error that is: "waveform" (its power relative to the sound's) or "mel" (mean difference of
+            log-mels), which a partial of the right loudness and the wrong phase does not raise.
         start_share: of the stretches, how many are the start of their clip; the others lie anywhere in it.
         learning_rate: highest; reached after `warmup_steps`, then a cosine down to `learning_rate_floor` of it.
         warmup_steps: steps of the linear rise.
@@ -89,6 +92,7 @@ class AudioTokenizerRecipe:
     batch_size: int = 8
     num_samples: int = 34_000
     hard_share: float = 0.0
+    hard_measure: str = "waveform"
     start_share: float = 0.25
     learning_rate: float = 1e-3
     warmup_steps: int = 100
@@ -145,6 +149,7 @@ class AudioTokenizerRecipe:
         self._require("level_shares", fits, f"hold {levels} shares, one a level and not all zero")
         self._require("exported_levels", 0 <= self.exported_levels <= levels, f"lie in 0..{levels}")
         self._require("decoder_only", not self.decoder_only or self.start_from is not None, "come with start_from")
+        self._require("hard_measure", self.hard_measure in ("waveform", "mel"), 'be "waveform" or "mel"')
         self._require("precision", self.precision in ("fp32", "bf16"), 'be "fp32" or "bf16"')
 
     def _require(self, name: str, fits: bool, demand: str) -> None:
@@ -173,7 +178,7 @@ class AudioTokenizerTraining:
         self._drawn: dict[int, NDArray[np.float32]] = {}
         weights = {"time": recipe.time_weight, "mel": recipe.mel_weight}
         with self._draws(-1):
-            self.model = begin(EncodecTokenizer, recipe.codec, recipe.start_from).to(self.device).train()
+            self.model = _begin(recipe).to(self.device).train()
             self.discriminator: nn.Module | None = None
             if recipe.adversarial_weight > 0:
                 weights |= {"adversarial": recipe.adversarial_weight, "features": recipe.feature_weight}
@@ -320,9 +325,12 @@ class AudioTokenizerTraining:
 
     @torch.no_grad()
     def _remember_errors(self, indices: Sequence[int], output: Tensor, target: Tensor) -> None:
-        """Keep the power of each clip's error relative to the sound's, at most 1."""
-        power = target.square().mean(dim=(1, 2)) + _SILENT**2
-        errors = (output - target).square().mean(dim=(1, 2)) / power
+        """Keep the error that `hard_measure` names of each clip, at most 1."""
+        if self.recipe.hard_measure == "mel":
+            errors = audio_losses.mel_distance(output, target, self.recipe.codec.sample_rate)
+        else:
+            power = target.square().mean(dim=(1, 2)) + _SILENT**2
+            errors = (output - target).square().mean(dim=(1, 2)) / power
         self.hard_clips.remember(indices, errors.clamp(1e-6, 1.0))
 
     def _training_batch(self, indices: Sequence[int], rng: np.random.Generator) -> Tensor:
@@ -354,6 +362,15 @@ class AudioTokenizerTraining:
         with torch.random.fork_rng():
             torch.manual_seed(int(sequence.generate_state(1, np.uint64)[0] >> 1))
             yield np.random.default_rng(sequence)
+
+
+def _begin(recipe: AudioTokenizerRecipe) -> EncodecTokenizer:
+    """The codec that training starts with; `begin` tells of its errors."""
+    if recipe.decoder_only and recipe.start_from is not None:
+        codec = EncodecTokenizer.load(recipe.start_from)
+        if codec.config != recipe.codec and codec.config.has_codes_of(recipe.codec):
+            return codec.with_new_decoder(recipe.codec)
+    return begin(EncodecTokenizer, recipe.codec, recipe.start_from)
 
 
 def measure_reconstruction(codec: EncodecTokenizer, target: Tensor) -> dict[str, float]:

@@ -20,7 +20,7 @@ from torch import Tensor, nn
 
 from poet.bundle import TRAINED_TASKS_KEY, Bundle, export_bundle
 from poet.data.loader import Batch, SceneLoader
-from poet.data.packing import MODALITIES, SceneSampler
+from poet.data.packing import DEFAULT_MASKS, MODALITIES, SceneSampler
 from poet.data.shards import open_shards
 from poet.errors import CheckpointError, ConfigError
 from poet.model.attention import SceneLayout
@@ -86,6 +86,8 @@ class LanguageRecipe:
             the last of them come `tasks`.
         text_dropout: share of scenes whose text is replaced by <null>.
         optional_share: share of scenes in which an input that the task may do without is given.
+        parallel_share: share of scenes learnt as ones that are written many ids at once, from what is not hidden.
+        masks: weights of the ways to hide, kinds of `poet.data.masking.MASK_KINDS`.
         num_steps: optimiser steps in all.
         batch_size: scenes a step.
         optimizer: "adamw", or "muon" for the layers' matrices with AdamW for the embedding, head and gains.
@@ -117,6 +119,8 @@ class LanguageRecipe:
     phases: tuple[TaskPhase, ...] = ()
     text_dropout: float = 0.1
     optional_share: float = 0.5
+    parallel_share: float = 0.0
+    masks: dict[str, float] = dataclasses.field(default_factory=lambda: dict(DEFAULT_MASKS))
     num_steps: int = 2_000
     batch_size: int = 24
     optimizer: Literal["adamw", "muon"] = "adamw"
@@ -257,6 +261,8 @@ class LanguageRun:
                 tasks,
                 text_dropout=text_dropout,
                 optional_share=recipe.optional_share,
+                parallel_share=recipe.parallel_share,
+                masks=recipe.masks,
                 seed=recipe.seed,
             )
 
@@ -382,7 +388,7 @@ class LanguageTraining(LanguageRun):
     def _losses(self, model: nn.Module, batch: Batch, loss_mask: Tensor, measure: Callable[..., Tensor]) -> Tensor:
         """(P,) losses of a batch's targets by `target_losses` or `backward_from_targets`."""
         assert isinstance(model, PoetTransformer)
-        ids = batch["ids"].to(self.device)
+        ids, inputs = batch["ids"].to(self.device), batch["inputs"].to(self.device)
         layout = SceneLayout.from_prefix_lengths(
             batch["prefix_len"].to(self.device),
             batch["lengths"].to(self.device),
@@ -390,7 +396,7 @@ class LanguageTraining(LanguageRun):
             parallel=batch["parallel"].to(self.device),
         )
         with torch.autocast(self.device.type, dtype=torch.bfloat16, enabled=self.recipe.precision == "bf16"):
-            hidden = model(ids, layout)
+            hidden = model(inputs, layout)
             return measure(hidden, ids, loss_mask, model.logits)
 
 

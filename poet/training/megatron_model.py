@@ -266,13 +266,22 @@ class PoetGPTModel(GPTModel):  # type: ignore[misc]
         self.poet_config, self.book = config, book
         self.layer_offset: int = get_transformer_layer_offset(transformer_config)
 
-    def forward(self, ids: Tensor, page: Tensor, loss_mask: Tensor | None = None, *, output: str = "losses") -> Tensor:
+    def forward(
+        self,
+        ids: Tensor,
+        page: Tensor,
+        loss_mask: Tensor | None = None,
+        targets: Tensor | None = None,
+        *,
+        output: str = "losses",
+    ) -> Tensor:
         """Compute this stage.
 
         Args:
             ids: (B, L) int64; L a multiple of R under sequence parallelism.
             page: number of the layout's page in `book`.
-            loss_mask: (B, L) bool, True where ids[b, i] is a target; for losses.
+            loss_mask: (B, L) bool, True where targets[b, i] is a target; for losses.
+            targets: (B, L) int64; None takes `ids`, of which nothing is hidden then.
             output: of the last stage: "losses", or "logits".
 
         Returns:
@@ -290,10 +299,11 @@ class PoetGPTModel(GPTModel):  # type: ignore[misc]
             return self._logits(hidden.flatten(0, 1)).view(*ids.shape, -1)
         if loss_mask is None:
             raise ConfigError("loss_mask must be given for losses, got none.")
-        places, targets = hidden[:, :-1][loss_mask[:, 1:]], ids[:, 1:][loss_mask[:, 1:]]
+        targets = ids if targets is None else targets
+        places, wanted = hidden[:, :-1][loss_mask[:, 1:]], targets[:, 1:][loss_mask[:, 1:]]
         parts = [
             checkpoint(self._cross_entropy, *chunk, use_reentrant=False)
-            for chunk in zip(places.split(TARGETS_AT_ONCE), targets.split(TARGETS_AT_ONCE), strict=True)
+            for chunk in zip(places.split(TARGETS_AT_ONCE), wanted.split(TARGETS_AT_ONCE), strict=True)
         ]
         return torch.cat(parts)
 

@@ -48,7 +48,7 @@ from poet.training.megatron_cpu import cpu_for_cuda
 from poet.training.megatron_model import FLEX_BLOCK, PoetGPTModel, load_weights, to_transformer_config
 from poet.training.parallelism import Parallelism
 
-__all__ = ["MegatronTraining", "train_with_megatron"]
+__all__ = ["MegatronTraining", "process_groups", "train_with_megatron"]
 
 _RESHARDABLE: Final = {"distrib_optim_sharding_type": "fully_reshardable"}
 
@@ -69,7 +69,7 @@ def train_with_megatron(
         ConfigError: the recipe cannot be trained with so many processes.
         CheckpointError: as `poet.training.loop.fit`.
     """
-    with _processes(recipe.parallel, device):
+    with process_groups(recipe.parallel, device):
         rank, world_size = distributed.get_rank(), distributed.get_world_size()
         with Heartbeats(directory / "heartbeats", rank, world_size).beating():
             return _fit(recipe, loop, directory, device=device, progress=progress)
@@ -91,8 +91,16 @@ def _fit(
 
 
 @contextlib.contextmanager
-def _processes(parallelism: Parallelism, device: str) -> Iterator[None]:
-    """Join the other processes and divide them into groups."""
+def process_groups(parallelism: Parallelism, device: str) -> Iterator[None]:
+    """Join the other processes, as a launcher's environment says, and divide them into groups.
+
+    Args:
+        parallelism: how the model is cut.
+        device: "cpu", where Megatron's calls to a GPU are answered by the CPU as long as this lasts, or "cuda".
+
+    Raises:
+        ConfigError: the model cannot be cut among so many processes, or a process has no GPU of its own.
+    """
     on_cpu = torch.device(device).type == "cpu"
     with warnings.catch_warnings(), cpu_for_cuda() if on_cpu else contextlib.nullcontext():
         # Nobody can act on these: Megatron looks at the gradients of slices of weights, and saves with ShardedTensor.
@@ -267,8 +275,8 @@ class MegatronTraining(LanguageRun):
     def _forward(self, batches: Iterator[dict[str, Tensor]], model: torch.nn.Module, *, width: int) -> Any:
         batch = {name: tensor.to(self.device) for name, tensor in next(batches).items()}
         missing = width - batch["ids"].shape[1]
-        ids, loss_mask, modality = (
-            torch.nn.functional.pad(batch[name], (0, missing)) for name in ("ids", "loss_mask", "modality")
+        ids, inputs, loss_mask, modality = (
+            torch.nn.functional.pad(batch[name], (0, missing)) for name in ("ids", "inputs", "loss_mask", "modality")
         )
         layout = SceneLayout.from_prefix_lengths(
             batch["prefix_len"], batch["lengths"], width, parallel=batch["parallel"]
@@ -282,7 +290,7 @@ class MegatronTraining(LanguageRun):
             sums[1] = torch.bincount(kinds, minlength=len(MODALITIES))
             return losses.sum(), torch.tensor(len(losses), dtype=torch.int, device=losses.device), {"sums": sums}
 
-        return model(ids, page, loss_mask), reduce
+        return model(inputs, page, loss_mask, ids), reduce
 
     def _rows_each(self) -> int:
         """Rows of a step that this process takes."""

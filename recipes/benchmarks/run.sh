@@ -2,6 +2,7 @@
 # Measures this machine; `make bench` runs it. Arguments for one script alone: call that script, see README.md.
 #   SKIP_CODEC=1   leave out the codec (its peer needs an environment of its own, which takes some minutes to build)
 #   SKIP_VLLM=1    leave out vLLM
+#   SKIP_MEGATRON=1 leave out the Megatron trainer
 #   PEER=folder    where the codec's peer is or shall be installed
 set -euo pipefail
 cd "$(dirname "$0")/../.."
@@ -23,4 +24,10 @@ if [ -n "${SKIP_VLLM:-}" ]; then
   echo "skipped by SKIP_VLLM: vLLM against transformers"
 else
   python $HERE/vllm_versus_transformers.py
+fi
+
+if [ -n "${SKIP_MEGATRON:-}" ]; then
+  echo "skipped by SKIP_MEGATRON: the Megatron trainer against transformers"
+else
+  python $HERE/megatron_versus_transformers.py
 fi

@@ -25,7 +25,7 @@ from poet.model.weights import load_transformer
 from poet.testing import in_processes, tiny_bundle, tiny_shards
 from poet.training.language import LanguageRecipe, LanguageTraining, ModelSize
 from poet.training.loop import LoopConfig, fit
-from poet.training.megatron_trainer import MegatronTraining, _processes, train_with_megatron
+from poet.training.megatron_trainer import MegatronTraining, process_groups, train_with_megatron
 from poet.training.parallelism import Parallelism
 
 STEPS = 50
@@ -86,6 +86,7 @@ class Ground:
             "validation_shards": self.shards,
             "model": ModelSize(**SIZES),
             "tasks": {"text_to_video_audio": 2.0, "text_to_audio": 1.0, "captioning": 1.0},
+            "parallel_share": 0.4,
             "num_steps": STEPS,
             "batch_size": 8,
             "learning_rate": 3e-3,
@@ -296,7 +297,7 @@ def test_random_weights_are_the_references_in_every_cut(ground: Ground, tmp_path
 
 def state_in_bfloat16(recipe: LanguageRecipe) -> set[tuple[str, str]]:
     """Part and dtype of everything that a run in bfloat16 would save, which on a CPU is built but not trained."""
-    with _processes(recipe.parallel, "cpu"):
+    with process_groups(recipe.parallel, "cpu"):
         training = MegatronTraining(recipe)
         training.model.bfloat16()
         state = training.sharded_state_dict()

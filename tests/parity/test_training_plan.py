@@ -19,7 +19,7 @@ from poet.training.config import build, read_recipe
 from poet.training.language import LanguageRecipe, ModelSize
 from poet.training.megatron_cpu import cpu_for_cuda
 from poet.training.megatron_model import PoetGPTModel, to_transformer_config
-from poet.training.megatron_trainer import MegatronTraining, _processes
+from poet.training.megatron_trainer import MegatronTraining, process_groups
 from poet.training.parallelism import Parallelism
 from poet.training.plan import activation_bytes_per_id, make_plan
 
@@ -100,7 +100,7 @@ def test_the_activations_of_a_layer_are_those_of_a_real_pass(cut: Parallelism, b
 
 def held_bytes(recipe: LanguageRecipe) -> dict[str, float]:
     """Bytes of what a trainer holds after a step."""
-    with _processes(recipe.parallel, "cpu"):
+    with process_groups(recipe.parallel, "cpu"):
         training = MegatronTraining(recipe)
         training.train_step(0)
         states = [state for part in training.optimizer.chained_optimizers for state in part.optimizer.state.values()]

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import dataclasses
 import io
 import math
 from pathlib import Path
@@ -161,6 +162,32 @@ def test_a_decoder_that_trains_alone_leaves_the_codes_what_they_mean(tmp_path: P
     assert not torch.equal(before.decode(before.encode(waveform)), after.decode(after.encode(waveform)))
     with pytest.raises(ConfigError, match="decoder_only must come with start_from"):
         _recipe(decoder_only=True)
+
+
+def test_a_decoder_of_another_shape_learns_the_codes_of_a_finished_codec(tmp_path: Path) -> None:
+    first = AudioTokenizerTraining(_recipe(), _sounds)
+    for step in range(4):
+        first.train_step(step)
+    first.export(tmp_path / "start")
+    codec = dataclasses.replace(first.recipe.codec, decoder_num_filters=7, decoder_residual_layers=1)
+    recipe = _recipe(
+        start_from=tmp_path / "start", quantizer_start=0, decoder_only=True, codec=codec, num_steps=40,
+        hard_share=0.25, hard_measure="mel",
+    )  # fmt: skip
+    training = AudioTokenizerTraining(recipe, _sounds)
+    losses = [training.train_step(step)["mel_loss"] for step in range(40)]
+    assert np.mean(losses[-8:]) < 0.8 * np.mean(losses[:8])
+    training.export(tmp_path / "export")
+    before, after = (EncodecTokenizer.load(tmp_path / name) for name in ("start", "export"))
+    assert before.spec == after.spec
+    assert after.config == codec
+    waveform = torch.from_numpy(_sounds("training", 0))[None, None]
+    assert torch.equal(before.encode(waveform), after.encode(waveform))
+    other = dataclasses.replace(codec, latent_size=3)
+    with pytest.raises(ConfigError, match="start_from"):
+        AudioTokenizerTraining(dataclasses.replace(recipe, codec=other), _sounds)
+    with pytest.raises(ConfigError, match="hard_measure"):
+        _recipe(hard_measure="ear")
 
 
 def test_quantisation_begins_at_its_step_with_levels_in_their_shares() -> None:

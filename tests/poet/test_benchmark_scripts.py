@@ -4,6 +4,7 @@ The peers live in environments of their own, so their sides are not run here.
 """
 
 import importlib.util
+import json
 import math
 import subprocess
 import sys
@@ -88,6 +89,51 @@ def test_clips_of_a_larger_size_are_the_same_pictures(codec: ModuleType) -> None
         codec.draw_clips("seen", 1, 96)
 
 
+@pytest.fixture(scope="module")
+def trainer() -> ModuleType:
+    return _load(BENCHMARKS / "megatron_versus_transformers.py")
+
+
+def test_speeds_of_two_trainers_are_medians_and_their_shares_of_the_peak(trainer: ModuleType) -> None:
+    seconds = {"poet": [1.0, 2.0, 4.0], "transformers": [3.0, 3.0, 3.0]}
+    found = trainer.compare(seconds, ids=1000, flops=6e14, peak=1e15)
+    assert (found["ratio"], found["lowest_ratio"], found["highest_ratio"]) == (1.5, 0.75, 3.0)
+    assert found["ids_per_second"] == {"poet": 500.0, "transformers": pytest.approx(333.3, abs=0.05)}
+    assert found["mfu"] == {"poet": 0.3, "transformers": 0.2}
+    assert trainer.compare(seconds, ids=1000, flops=6e14, peak=None)["mfu"] is None
+
+
+def test_the_verdict_on_mfu_tells_a_missing_figure_from_a_low_one(trainer: ModuleType) -> None:
+    def verdict(*shares: float | None) -> str:
+        cases = [{"size": f"size {i}", "mfu": share and {"poet": share}} for i, share in enumerate(shares)]
+        return str(trainer.verdict({"cases": cases}))
+
+    assert "missing" in verdict(None)
+    assert "at least 45% at every size" in verdict(0.45, 0.6)
+    assert verdict(0.6, 0.44) == "MFU is below 45% at size 1."
+
+
+def test_the_longest_clip_fills_a_row_and_no_more(trainer: ModuleType) -> None:
+    bundle = ROOT / "poet" / "bundles" / "nano"
+    latents = trainer.longest_clip(bundle, 768)
+    # A latent frame of 64 video ids brings 32 of sound, the first one 8.
+    assert 768 - 96 < 64 * latents + 32 * (latents - 1) + 8 + 32 <= 768
+    assert trainer.longest_clip(bundle, 2048) > 2.5 * latents
+
+
+@pytest.mark.slow
+def test_both_trainers_step_on_the_same_rows_without_a_gpu(tmp_path: Path) -> None:
+    script = BENCHMARKS / "megatron_versus_transformers.py"
+    command = [sys.executable, str(script), "--device", "cpu", "--rows", "2", "--output", str(tmp_path / "report.json")]
+    command += ["--rounds", "1", "--steps", "1", "--warmup", "1"]
+    done = subprocess.run(command, capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stderr
+    assert "The GPU's figure is missing" in done.stdout
+    [case] = json.loads((tmp_path / "report.json").read_text(encoding="utf-8"))["cases"]
+    assert case["mfu"] is None
+    assert case["ratio"] > 0
+
+
 def test_a_missing_peer_is_named_with_what_to_do(tmp_path: Path) -> None:
     script = BENCHMARKS / "codec_versus_magvit2_pytorch.py"
     command = [sys.executable, str(script), "--peer-environment", str(tmp_path / "nowhere")]
@@ -97,12 +143,13 @@ def test_a_missing_peer_is_named_with_what_to_do(tmp_path: Path) -> None:
 
 
 def test_benchmarks_can_be_skipped_by_name() -> None:
-    environment = {"SKIP_CODEC": "1", "SKIP_VLLM": "1", "PATH": "/usr/bin:/bin"}
+    environment = {"SKIP_CODEC": "1", "SKIP_VLLM": "1", "SKIP_MEGATRON": "1", "PATH": "/usr/bin:/bin"}
     command = ["bash", str(BENCHMARKS / "run.sh")]
     done = subprocess.run(command, capture_output=True, text=True, check=False, env=environment)
     assert done.returncode == 0, done.stderr
     assert "SKIP_CODEC" in done.stdout
     assert "SKIP_VLLM" in done.stdout
+    assert "SKIP_MEGATRON" in done.stdout
 
 
 def test_scores_go_where_the_pages_have_room_for_them_and_nowhere_else() -> None:

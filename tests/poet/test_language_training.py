@@ -166,6 +166,16 @@ def test_losses_fall_and_come_by_modality(ground: Ground) -> None:
     assert last["epoch"] == 39
 
 
+def test_a_run_that_learns_both_ways_reports_both_and_fills_canvases_better_than_chance(ground: Ground) -> None:
+    training = LanguageTraining(ground.recipe(parallel_share=0.6, num_steps=60, ema_decay=0.5, validation_batches=6))
+    before = training.validate(0)
+    assert {"video_loss", "audio_loss", "masked_video_loss", "masked_audio_loss"} <= before.keys()
+    for step in range(60):
+        training.train_step(step)
+    after = training.validate(60)
+    assert all(after[name] < 0.9 * before[name] for name in before if name.startswith("masked")), (before, after)
+
+
 def test_a_step_without_a_number_for_a_loss_changes_nothing_and_is_told(
     ground: Ground, monkeypatch: pytest.MonkeyPatch
 ) -> None:

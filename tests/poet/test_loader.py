@@ -13,7 +13,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from poet.data.loader import Batch, SceneLoader
-from poet.data.packing import SceneSampler
+from poet.data.packing import MODALITIES, SceneSampler
 from poet.data.shards import EncodedClip
 from poet.errors import ConfigError, ShapeError
 from poet.sequence import unpack
@@ -92,6 +92,21 @@ def test_parallel_scenes_are_marked() -> None:
     sampler = SceneSampler(VOCABULARY, WordTokenizer(), WEIGHTS, parallel_share=0.5)
     found = torch.cat([SceneLoader(CLIPS, sampler, micro_batch_size=7).batch(n)["parallel"] for n in range(20)])
     assert 40 < int(found.sum()) < 100
+
+
+def test_the_model_is_shown_masks_at_the_targets_of_parallel_scenes_alone() -> None:
+    sampler = SceneSampler(VOCABULARY, WordTokenizer(), WEIGHTS, parallel_share=0.5)
+    names = set()
+    for number in range(6):
+        batch = SceneLoader(CLIPS, sampler, micro_batch_size=7).batch(number)
+        hidden = batch["parallel"][:, None] & batch["loss_mask"]
+        assert (batch["inputs"][hidden] == VOCABULARY.special("<mask>")).all()
+        assert torch.equal(batch["inputs"][~hidden], batch["ids"][~hidden])
+        assert (batch["ids"] != VOCABULARY.special("<mask>")).all()
+        names |= {(MODALITIES[kind], True) for kind in batch["modality"][hidden].tolist()}
+        names |= {(MODALITIES[kind], False) for kind in batch["modality"][~hidden].tolist()}
+    assert {name for name, is_hidden in names if is_hidden} == {"masked_video", "masked_audio"}
+    assert not {name for name, is_hidden in names if not is_hidden} & {"masked_video", "masked_audio"}
 
 
 @pytest.mark.parametrize("length_grouped", [True, False])

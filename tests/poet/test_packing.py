@@ -186,6 +186,38 @@ def test_the_share_of_parallel_scenes_is_marked() -> None:
     assert_share(sum(scene.parallel for scene in found), len(found), 0.4)
 
 
+def test_targets_of_a_parallel_scene_are_some_of_its_codes() -> None:
+    made = sampler("text_to_video_audio", parallel_share=1.0)
+    shares = []
+    for index in range(200):
+        packed = made.scene(clip_of(index), 0, index)
+        kinds = modalities(packed.ids, VOCABULARY)
+        output = np.arange(len(packed.ids)) >= packed.prefix_len
+        assert set(kinds[packed.loss_mask].tolist()) <= {2, 3}  # no mark is ever hidden: it is known beforehand
+        assert not packed.loss_mask[~output].any()
+        shares.append(packed.loss_mask.sum() / (output & (kinds >= 2)).sum())
+    assert 0.4 < np.mean(shares) < 0.8
+    assert np.min(shares) < 0.1
+    assert np.max(shares) == 1.0
+
+
+def test_texts_are_never_written_in_parallel() -> None:
+    assert not any(scene.parallel for scene in scenes(sampler("captioning", parallel_share=1.0), clip_of(), 20))
+
+
+def test_causal_scenes_are_the_same_beside_parallel_ones() -> None:
+    alone, mixed = (sampler("text_to_video", "text_to_audio", parallel_share=share) for share in (0.0, 0.5))
+    kept = 0
+    for index in range(60):
+        one, other = (made.scene(clip_of(index), 0, index) for made in (alone, mixed))
+        if not unpack(other.ids, VOCABULARY).parallel:
+            kept += 1
+            assert all(np.array_equal(a, b) for a, b in zip(one, other, strict=True))
+    assert 15 < kept < 45
+    assert "masks" not in alone.settings
+    assert "masks" in mixed.settings
+
+
 @pytest.mark.parametrize(
     ("weights", "options", "words"),
     [
@@ -196,6 +228,7 @@ def test_the_share_of_parallel_scenes_is_marked() -> None:
         ({"inpainting": 1.0, "text_to_video": 1.0}, {}, "edited clip"),
         ({"text_to_video": 1.0}, {"text_dropout": 1.5}, "text_dropout"),
         ({"text_to_video": 1.0}, {"optional_share": -0.1}, "optional_share"),
+        ({"text_to_video": 1.0}, {"masks": {"frames": 1.0}}, "masks"),
         ({"text_to_video": 1.0}, {"seed": -1}, "seed"),
     ],
 )

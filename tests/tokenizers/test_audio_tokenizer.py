@@ -159,11 +159,38 @@ def test_wrong_codes_are_refused(tokenizer: EncodecTokenizer, codes: Tensor, com
         {"num_codebooks": True},
         {"sample_rate": 16_000.5},
         {"pad_mode": "zeros"},
+        {"decoder_num_filters": 0},
+        {"decoder_lstm_layers": -1},
     ],
 )
 def test_a_wrong_configuration_is_refused(wrong: dict[str, Any]) -> None:
     with pytest.raises(ConfigError, match=next(iter(wrong))):
         EncodecConfig(**wrong)
+
+
+def test_a_decoder_may_have_a_shape_of_its_own_and_changes_no_code(tokenizer: EncodecTokenizer, tmp_path: Path) -> None:
+    config = dataclasses.replace(SMALL, decoder_num_filters=5, decoder_residual_layers=2, decoder_lstm_layers=0)
+    renewed = tokenizer.with_new_decoder(config).eval()
+    waveform = _waveform()
+    codes = tokenizer.encode(waveform)
+    assert torch.equal(renewed.encode(waveform), codes)
+    assert renewed.decode(codes).shape == tokenizer.decode(codes).shape
+    assert not torch.equal(renewed.decode(codes), tokenizer.decode(codes))
+    renewed.save(tmp_path)
+    loaded = EncodecTokenizer.load(tmp_path)
+    assert loaded.config == config
+    assert torch.equal(loaded.decode(codes), renewed.decode(codes))
+    with pytest.raises(ConfigError, match="only the decoder may be new"):
+        tokenizer.with_new_decoder(dataclasses.replace(config, latent_size=SMALL.latent_size + 1))
+
+
+def test_a_configuration_from_before_decoders_had_keys_of_their_own_is_read() -> None:
+    values = dataclasses.asdict(SMALL)
+    for name in ("decoder_num_filters", "decoder_residual_layers", "decoder_lstm_layers"):
+        del values[name]
+    assert EncodecConfig.from_dict(values) == SMALL
+    with pytest.raises(ConfigError, match="latent_size"):
+        EncodecConfig.from_dict({name: value for name, value in values.items() if name != "latent_size"})
 
 
 def test_a_saved_codec_comes_back_the_same(tokenizer: EncodecTokenizer, tmp_path: Path) -> None:

@@ -39,6 +39,7 @@ KIND: Final = "encodec"
 _LARGEST_SAMPLE = 2.0
 # Statistics that only training reads; they are rebuilt from the codebook when a tokenizer is loaded.
 _TRAINING_ONLY = ("cluster_size", "embed_avg", "inited")
+_DECODER_KEYS: Final = frozenset({"decoder_num_filters", "decoder_residual_layers", "decoder_lstm_layers"})
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -58,6 +59,10 @@ class EncodecConfig:
             without a click), "constant" (zeros) or "reflect" (as in the official weights, not strictly causal).
         lead_in: copies of the first latent that are decoded ahead and dropped, so that a sound starts with the decoder
             settled; without any, silence starts with a click.
+        decoder_num_filters: as `num_filters`, for the decoder alone; None for the encoder's. A larger decoder makes
+            more of the same codes.
+        decoder_residual_layers: as `num_residual_layers`, for the decoder alone; None for the encoder's.
+        decoder_lstm_layers: as `num_lstm_layers`, for the decoder alone; None for the encoder's.
     """
 
     sample_rate: int = 16_000
@@ -70,13 +75,18 @@ class EncodecConfig:
     codebook_size: int = 1024
     pad_mode: str = "replicate"
     lead_in: int = 2
+    decoder_num_filters: int | None = None
+    decoder_residual_layers: int | None = None
+    decoder_lstm_layers: int | None = None
 
     def __post_init__(self) -> None:
         object.__setattr__(self, "ratios", tuple(self.ratios))
         for field in dataclasses.fields(self):
             value = getattr(self, field.name)
-            low = 0 if field.name in ("num_residual_layers", "num_lstm_layers", "lead_in") else 1
-            if field.type == "int" and (not isinstance(value, int) or isinstance(value, bool) or value < low):
+            if not str(field.type).startswith("int") or (value is None and field.name.startswith("decoder_")):
+                continue
+            low = 0 if field.name.endswith(("residual_layers", "lstm_layers", "lead_in")) else 1
+            if not isinstance(value, int) or isinstance(value, bool) or value < low:
                 raise ConfigError(f"{field.name} must be an integer of at least {low}, got {value!r}.")
         if not self.ratios or any(not isinstance(ratio, int) or ratio < 2 for ratio in self.ratios):
             raise ConfigError(f"ratios must be one or more integers of at least 2, got {self.ratios}.")
@@ -90,15 +100,21 @@ class EncodecConfig:
 
     @classmethod
     def from_dict(cls, values: Mapping[str, Any]) -> Self:
-        """The inverse of `dataclasses.asdict`.
+        """The inverse of `dataclasses.asdict`; the keys of the decoder alone may be left out.
 
         Raises:
             ConfigError: an unknown or missing key, or a value out of range.
         """
         known = {field.name for field in dataclasses.fields(cls)}
-        if values.keys() != known:
-            raise ConfigError(f"an EnCodec configuration must have the keys {sorted(known)}, got {sorted(values)}.")
+        demanded = known - _DECODER_KEYS
+        if not demanded <= values.keys() <= known:
+            raise ConfigError(f"an EnCodec configuration must have the keys {sorted(demanded)}, got {sorted(values)}.")
         return cls(**values)
+
+    def has_codes_of(self, other: EncodecConfig) -> bool:
+        """Whether the two differ in their decoders at most, so that one's decoder can read the other's codes."""
+        names = [field.name for field in dataclasses.fields(self) if field.name not in _DECODER_KEYS]
+        return all(getattr(self, name) == getattr(other, name) for name in names)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -133,10 +149,16 @@ class EncodecTokenizer(nn.Module):
             "causal": True,
             "pad_mode": config.pad_mode,
         }
+        own = {
+            "n_filters": config.decoder_num_filters,
+            "n_residual_layers": config.decoder_residual_layers,
+            "lstm": config.decoder_lstm_layers,
+        }
+        decoder_layers = layers | {name: value for name, value in own.items() if value is not None}
         with warnings.catch_warnings():  # torch renamed weight_norm; the old one keeps the official weights' names
             warnings.filterwarnings("ignore", message=".*weight_norm.*", category=FutureWarning)
             self.encoder = SEANetEncoder(**layers)
-            self.decoder = SEANetDecoder(**layers)
+            self.decoder = SEANetDecoder(**decoder_layers)
         # The package's own k-means start and dead-code replacement are off; `audio_codebooks` says why.
         self.quantizer = ResidualVectorQuantizer(
             dimension=config.latent_size,
@@ -258,6 +280,23 @@ class EncodecTokenizer(nn.Module):
         cut.eval()
         cut.checksum = checkpoint.codes_checksum(cut.final_tensors()) if self.checksum else ""
         return cut
+
+    def with_new_decoder(self, config: EncodecConfig) -> EncodecTokenizer:
+        """A copy with the same encoder and codebooks, and a decoder of another shape that has to be trained.
+
+        Args:
+            config: differs from this one's in the keys of the decoder at most.
+
+        Raises:
+            ConfigError: config asks for another encoder or other codebooks.
+        """
+        if not config.has_codes_of(self.config):
+            raise ConfigError(f"only the decoder may be new: the codec has the shape {self.config}, asked: {config}.")
+        renewed = EncodecTokenizer(config).to(next(self.parameters()).device)
+        drawn = {name: tensor for name, tensor in renewed.state_dict().items() if name.startswith("decoder.")}
+        kept = {name: tensor for name, tensor in self.state_dict().items() if not name.startswith("decoder.")}
+        renewed.load_state_dict(kept | drawn)
+        return renewed
 
     def final_tensors(self) -> dict[str, Tensor]:
         """The tensors that decide `encode` and `decode`: all parameters and codebooks, no training statistics."""
