@@ -31,6 +31,7 @@ if TYPE_CHECKING:
     from poet_tokenizers.base import AudioTokenizer, TextTokenizer, VideoTokenizer
 
 __all__ = [
+    "TRAINED_PARALLEL_KEY",
     "TRAINED_TASKS_KEY",
     "Bundle",
     "GenerationDefaults",
@@ -48,6 +49,7 @@ MODEL_CARD_FILE: Final = "README.md"
 UPSAMPLER_DIRECTORY: Final = "upsampler"
 FINGERPRINT_KEY: Final = "poet_fingerprint"
 TRAINED_TASKS_KEY: Final = "trained_tasks"
+TRAINED_PARALLEL_KEY: Final = "trained_parallel"
 _TOKENIZER_KINDS: Final = ("video", "audio", "text")
 
 
@@ -289,6 +291,19 @@ class Bundle:
             raise ConfigError(
                 f"the task must be one that the model of {self.path} was trained on: {', '.join(trained)}; got "
                 f"{task!r}. Choose one of them, or a bundle that was trained on it."
+            )
+
+    def check_parallel(self) -> None:
+        """Raise unless the bundle says that its model has learnt to write many ids at once.
+
+        Raises:
+            ConfigError: it does not say so.
+        """
+        if self.config is None or self.config.get(TRAINED_PARALLEL_KEY) is not True:
+            raise ConfigError(
+                f"the model of {self.path} has not learnt to write many ids at once (its config.json does not say "
+                f"{TRAINED_PARALLEL_KEY}). Write one id after another, or choose a bundle that was trained with a "
+                "parallel_share."
             )
 
     @cached_property

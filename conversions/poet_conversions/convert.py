@@ -15,7 +15,7 @@ import yaml
 from safetensors.torch import save_file
 from torch import Tensor
 
-from poet.bundle import TRAINED_TASKS_KEY, Bundle, check_fingerprint, export_bundle
+from poet.bundle import TRAINED_PARALLEL_KEY, TRAINED_TASKS_KEY, Bundle, check_fingerprint, export_bundle
 from poet.errors import CheckpointError, ConfigError
 from poet.model.attention import SceneLayout
 from poet.model.config import PoetConfig
@@ -136,6 +136,7 @@ def _about(bundle: Bundle) -> files.About:
         fingerprint=bundle.fingerprint,
         trained_tasks=None if tasks is None else tuple(tasks),
         dtype=str(content.get("dtype", "float32")),
+        trained_parallel=content.get(TRAINED_PARALLEL_KEY) is True,
     )
 
 
@@ -156,5 +157,8 @@ def _write_bundle(target: Path, tokenizers: Bundle, weights: dict[str, Tensor], 
     dtype = getattr(torch, about.dtype)
     stored = {name: weight.to(dtype).contiguous() for name, weight in weights.items()}
     config = about.config.to_huggingface_dict(fingerprint=about.fingerprint, dtype=about.dtype)
-    tasks = {} if about.trained_tasks is None else {TRAINED_TASKS_KEY: list(about.trained_tasks)}
-    export_bundle(target, tokenizers, config | tasks, lambda path: save_file(stored, path, metadata={"format": "pt"}))
+    if about.trained_tasks is not None:
+        config[TRAINED_TASKS_KEY] = list(about.trained_tasks)
+    if about.trained_parallel:
+        config[TRAINED_PARALLEL_KEY] = True
+    export_bundle(target, tokenizers, config, lambda path: save_file(stored, path, metadata={"format": "pt"}))

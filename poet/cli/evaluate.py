@@ -7,6 +7,7 @@ from typing import Annotated
 
 import typer
 
+from poet.cli.generate import parallel_decoding
 from poet.cli.output import progress, show_lines, show_result
 from poet.errors import ConfigError
 
@@ -26,6 +27,13 @@ def evaluate(
     top_k: Annotated[int | None, typer.Option(help="The bundle's own when left out.")] = None,
     top_p: Annotated[float | None, typer.Option(help="The bundle's own when left out.")] = None,
     guidance_scale: Annotated[float | None, typer.Option(help="The bundle's own when left out; 1 is off.")] = None,
+    decoding: Annotated[str, typer.Option(help="autoregressive, or parallel: many ids at once.")] = "autoregressive",
+    steps: Annotated[int | None, typer.Option(help="Of parallel decoding: forward passes in all.")] = None,
+    schedule: Annotated[str | None, typer.Option(help="Of parallel decoding: cosine, linear or square.")] = None,
+    order: Annotated[str | None, typer.Option(help="Of parallel decoding: whole, parts or frames.")] = None,
+    choice_temperature: Annotated[
+        float | None, typer.Option(help="Of parallel decoding: noise on which places are kept.")
+    ] = None,
     engine: Annotated[str, typer.Option(help="vllm, or torch (the reference).")] = "vllm",
     json: Annotated[bool, typer.Option("--json", help="Print the result as one JSON object.")] = False,
 ) -> None:
@@ -46,6 +54,9 @@ def evaluate(
             "top_p": top_p,
             "guidance_scale": guidance_scale,
         }
+        parallel = parallel_decoding(
+            decoding, steps=steps, schedule=schedule, order=order, choice_temperature=choice_temperature
+        )
         with progress("evaluating") as advance:
             measured = generation(
                 bundle,
@@ -57,6 +68,7 @@ def evaluate(
                 seed=seed,
                 engine=engine,
                 sampling=sampling,
+                decoding=parallel,
                 progress=advance,
             )
     if json:

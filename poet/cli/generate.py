@@ -15,14 +15,17 @@ from poet.errors import ConfigError, MediaError
 
 if TYPE_CHECKING:
     from poet.bundle import Bundle
+    from poet.generation.canvas import ParallelDecoding
     from poet.media import Clip
     from poet.tasks import Task
 
-__all__ = ["generate"]
+__all__ = ["generate", "parallel_decoding"]
 
 DEFAULT_ENGINE = "vllm"
 GIVEN = ("image", "video", "audio")
 SAMPLING = ("temperature", "top_k", "top_p", "guidance_scale")
+PARALLEL = ("steps", "schedule", "order", "choice_temperature")
+DECODINGS = ("autoregressive", "parallel")
 SUFFIXES = {"image": ".png", "audio": ".wav"}
 
 
@@ -47,6 +50,17 @@ def generate(
         float | None, typer.Option(help="How closely to follow the prompt; 1 asks the model once an id, others twice.")
     ] = None,
     negative_prompt: Annotated[str | None, typer.Option(help="What guidance shall move the clip away from.")] = None,
+    decoding: Annotated[
+        str | None, typer.Option(help="autoregressive (the default), or parallel: many ids at once.")
+    ] = None,
+    steps: Annotated[int | None, typer.Option(help="Of parallel decoding: forward passes in all.")] = None,
+    schedule: Annotated[str | None, typer.Option(help="Of parallel decoding: cosine, linear or square.")] = None,
+    order: Annotated[
+        str | None, typer.Option(help="Of parallel decoding: whole, parts (picture, then sound), or frames.")
+    ] = None,
+    choice_temperature: Annotated[
+        float | None, typer.Option(help="Of parallel decoding: noise on which places are kept; 0 keeps the surest.")
+    ] = None,
     engine: Annotated[str | None, typer.Option(help="vllm (the default), or torch (the reference).")] = None,
     num_samples: Annotated[int, typer.Option(min=1, help="Clips to write, with seeds counted up.")] = 1,
     like: Annotated[
@@ -75,6 +89,11 @@ def generate(
         top_k=top_k,
         top_p=top_p,
         guidance_scale=guidance_scale,
+        decoding=decoding,
+        steps=steps,
+        schedule=schedule,
+        order=order,
+        choice_temperature=choice_temperature,
         engine=engine,
     )
     if image is not None and video is not None:
@@ -96,6 +115,7 @@ def generate(
     from poet.generation.pipeline import ClipRequest, Pipeline
     from poet.generation.sampling import SamplingConfig
 
+    parallel = parallel_decoding(settings.decoding, **{name: getattr(settings, name) for name in PARALLEL})
     asked = {name: getattr(settings, name) for name in SAMPLING}
     sampling = {name: getattr(defaults, name) if value is None else value for name, value in asked.items()}
     first_seed = settings.seed if settings.seed is not None else _new_seed()
@@ -106,6 +126,7 @@ def generate(
             clip=given,
             negative_text=settings.negative_prompt,
             sampling=SamplingConfig(**sampling, seed=first_seed + number),
+            decoding=parallel,
         )
         for number in range(num_samples)
     ]
@@ -151,6 +172,11 @@ class _Settings:
     top_k: int | None
     top_p: float | None
     guidance_scale: float | None
+    decoding: str | None
+    steps: int | None
+    schedule: str | None
+    order: str | None
+    choice_temperature: float | None
     engine: str | None
 
     def sources(self) -> dict[str, str]:
@@ -190,6 +216,11 @@ def _settings_like(path: Path, asked: _Settings, bundle: Bundle) -> tuple[_Setti
             top_k=int(facts["top_k"]),
             top_p=float(facts["top_p"]),
             guidance_scale=float(facts.get("guidance_scale", 1)),  # not said before there was guidance
+            decoding=facts.get("decoding"),  # said of parallel decoding alone
+            steps=None if "steps" not in facts else int(facts["steps"]),
+            schedule=facts.get("schedule"),
+            order=facts.get("order"),
+            choice_temperature=None if "choice_temperature" not in facts else float(facts["choice_temperature"]),
             engine=facts["engine"],
         )
         given = {
@@ -203,6 +234,8 @@ def _settings_like(path: Path, asked: _Settings, bundle: Bundle) -> tuple[_Setti
         ) from error
     found: dict[str, Any] = {kind: _find_given(path, kind, *known, said.get(kind)) for kind, known in given.items()}
     made = dataclasses.replace(made, **found)
+    if said.get("decoding", made.decoding) != "parallel":
+        made = dataclasses.replace(made, **dict.fromkeys(PARALLEL))
     settings = dataclasses.replace(made, **said)
     if settings.guidance_scale == 1 and "negative_prompt" not in said:
         settings = dataclasses.replace(settings, negative_prompt=None)
@@ -317,6 +350,35 @@ def _read_given(settings: _Settings, bundle: Bundle, task: Task) -> Clip | None:
         sound = read_audio(settings.audio, sample_rate=rate)
         clip = Clip(frames=None if clip is None else clip.frames, fps=size.fps, samples=sound, sample_rate=rate)
     return clip
+
+
+def parallel_decoding(
+    decoding: str | None,
+    *,
+    steps: int | None,
+    schedule: str | None,
+    order: str | None,
+    choice_temperature: float | None,
+) -> ParallelDecoding | None:
+    """What the options of parallel decoding ask for; None for autoregressive decoding.
+
+    Raises:
+        ConfigError: an unknown decoding, a value that cannot be used, or an option of the other decoding.
+    """
+    options = {"num_steps": steps, "schedule": schedule, "order": order, "choice_temperature": choice_temperature}
+    said = {name: value for name, value in options.items() if value is not None}
+    if (decoding or DECODINGS[0]) not in DECODINGS:
+        raise ConfigError(f"--decoding must be one of {', '.join(DECODINGS)}, got {decoding!r}.")
+    if decoding != "parallel":
+        if said:
+            raise ConfigError(
+                f"--{next(iter(said)).removeprefix('num_').replace('_', '-')} is an option of parallel decoding: add "
+                "--decoding parallel, or leave it out."
+            )
+        return None
+    from poet.generation.canvas import ParallelDecoding
+
+    return ParallelDecoding(**said)  # type: ignore[arg-type]
 
 
 def _new_seed() -> int:

@@ -14,7 +14,9 @@ from poet.errors import ConfigError
 
 __all__ = ["info"]
 
-NUMBERS: Final = frozenset({"seed", "temperature", "top_k", "top_p", "guidance_scale", "fps", "duration"})
+NUMBERS: Final = frozenset(
+    {"seed", "temperature", "top_k", "top_p", "guidance_scale", "steps", "choice_temperature", "fps", "duration"}
+)
 """What is a number in a clip's metadata, where a file can only keep it as text."""
 
 

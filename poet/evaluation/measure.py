@@ -21,6 +21,7 @@ from poet.errors import ConfigError, MediaError
 from poet.evaluation.judge import SYNCED_MOTIONS, Verdict, judge, judge_clip
 from poet.evaluation.reconstruction import ReconstructionReport, evaluate_reconstruction
 from poet.evaluation.report import Results, SheetEntry, contact_sheet, tables, write_report
+from poet.generation.canvas import ParallelDecoding
 from poet.generation.engine import load_engine
 from poet.generation.pipeline import ClipRequest, Pipeline
 from poet.generation.sampling import SamplingConfig
@@ -62,6 +63,7 @@ def generation(
     seed: int,
     engine: str,
     sampling: Mapping[str, float | int | None],
+    decoding: ParallelDecoding | None = None,
     progress: Advance,
 ) -> Measured:
     """Generate a clip for the caption of each drawn clip and judge whether it is what the caption says.
@@ -76,6 +78,7 @@ def generation(
         seed: of the first clip; counted up.
         engine: its name.
         sampling: temperature, top_k, top_p and guidance_scale; None takes the bundle's own.
+        decoding: how to write many ids at once; None writes one after another.
         progress: called with (done, in all, what is done).
 
     Returns:
@@ -113,6 +116,7 @@ def generation(
                     text=clip.caption if "text" in row.inputs | row.optional else None,
                     clip=_given(row, clip, pipeline),
                     sampling=SamplingConfig(**settings, seed=seed + number),
+                    decoding=decoding,
                 )
                 for number, clip in enumerate(drawn)
             ]
@@ -128,6 +132,8 @@ def generation(
         writer.close()
     overall = {split: _overall(marks) for split, marks in scores.items()}
     about |= {"weights": weights[:12], "task": task, "engine": engine, **settings, "first seed": seed}
+    if decoding is not None:
+        about |= {"decoding": "parallel", **dataclasses.asdict(decoding)}
     results = Results(
         title=f"Clips generated for {count} captions a split",
         about=about,

@@ -12,8 +12,9 @@ from typing import Any, Protocol, Self, runtime_checkable
 
 import torch
 
-from poet.errors import ConfigError
+from poet.errors import ConfigError, VocabularyError
 from poet.generation.autoregressive import write_outputs
+from poet.generation.maskgit import Canvas, CanvasPlan, fill_canvases
 from poet.generation.sampling import SamplingConfig
 from poet.grammar import Grammar, max_output_length
 from poet.model.config import PoetConfig
@@ -36,12 +37,14 @@ class GenerationRequest:
         sampling: how its ids are drawn.
         guide_ids: the prefix that guidance moves the output away from: the same without its text, or with the text of
             what is not wanted. None: there is nothing to move away from, and no guidance.
+        canvas: how to write many ids at once; None writes one after another. The prefix must be marked accordingly.
     """
 
     prefix_ids: tuple[int, ...]
     grammar: Grammar
     sampling: SamplingConfig
     guide_ids: tuple[int, ...] | None = None
+    canvas: CanvasPlan | None = None
 
     @property
     def guided(self) -> bool:
@@ -86,8 +89,15 @@ def check_request(request: GenerationRequest, config: PoetConfig, *, index: int 
         index: of the request among those of one call, for the message.
 
     Raises:
-        ConfigError: an id outside the vocabulary, or more ids than a scene holds.
+        ConfigError: an id outside the vocabulary, more ids than a scene holds, or a canvas that does not fit.
     """
+    if request.canvas is not None:
+        try:
+            Canvas(request.grammar, request.canvas, request.sampling)
+        except (ConfigError, VocabularyError) as error:
+            raise ConfigError(f"request {index}: {error}") from error
+        if not 0 <= (mask_id := request.canvas.mask_id) < config.vocab_size:
+            raise ConfigError(f"request {index}: mask_id must be in [0, {config.vocab_size}), got {mask_id}.")
     for prefix in _prefixes(request):
         if not prefix:
             raise ConfigError(f"request {index}: the prefix must have at least one id, got none.")
@@ -152,16 +162,18 @@ class TorchEngine:
             check_request(request, self._model.config, index=index)
         longest = [max_output_length(request.grammar) for request in requests]
         order = sorted(range(len(requests)), key=lambda index: (longest[index], len(requests[index].prefix_ids)))
+        in_turn = [index for index in order if requests[index].canvas is None]
+        at_once = [index for index in order if requests[index].canvas is not None]
+        batches = [
+            group[start : start + self._max_batch_size]
+            for group in (in_turn, at_once)
+            for start in range(0, len(group), self._max_batch_size)
+        ]
         outputs: list[list[int]] = [[] for _ in requests]
         total, before = sum(longest), 0
-        for start in range(0, len(order), self._max_batch_size):
-            batch = order[start : start + self._max_batch_size]
-            written = write_outputs(
-                self._model,
-                [requests[index].prefix_ids for index in batch],
-                [requests[index].grammar for index in batch],
-                [requests[index].sampling for index in batch],
-                [requests[index].guide_ids if requests[index].guided else None for index in batch],
+        for batch in batches:
+            written = self._write(
+                [requests[index] for index in batch],
                 None if progress is None else _counting_from(before, total, progress),
             )
             for index, output in zip(batch, written, strict=True):
@@ -171,6 +183,16 @@ class TorchEngine:
             if progress is not None:
                 progress(before, total)
         return outputs
+
+    def _write(self, requests: Sequence[GenerationRequest], progress: Callable[[int], None] | None) -> list[list[int]]:
+        """The outputs of one batch, all of them written in the same way."""
+        prefixes = [request.prefix_ids for request in requests]
+        guides = [request.guide_ids if request.guided else None for request in requests]
+        if requests[0].canvas is not None:
+            canvases = [Canvas(one.grammar, one.canvas, one.sampling) for one in requests if one.canvas is not None]
+            return fill_canvases(self._model, prefixes, canvases, guides, progress)
+        grammars, configs = [one.grammar for one in requests], [one.sampling for one in requests]
+        return write_outputs(self._model, prefixes, grammars, configs, guides, progress)
 
     def close(self) -> None:
         """Release the weights; closing twice does no harm."""

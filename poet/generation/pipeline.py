@@ -22,6 +22,7 @@ from numpy.typing import NDArray
 from poet import __version__
 from poet.bundle import Bundle
 from poet.errors import ConfigError
+from poet.generation.canvas import ParallelDecoding, plan_canvas
 from poet.generation.engine import Engine, GenerationRequest
 from poet.generation.sampling import SamplingConfig
 from poet.media import Clip
@@ -47,6 +48,7 @@ class ClipRequest:
         negative_text: what the clip shall not be like, in place of no text at all in guidance; a prompt must be there.
         sampling: how ids are drawn; without a seed a new one is drawn and recorded. Its guidance moves away from the
             same request without its text, so it does nothing where there is no text.
+        decoding: how to write many ids at once; None writes one after another.
     """
 
     task: str
@@ -54,6 +56,7 @@ class ClipRequest:
     clip: Clip | None = None
     negative_text: str | None = None
     sampling: SamplingConfig = dataclasses.field(default_factory=SamplingConfig)
+    decoding: ParallelDecoding | None = None
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -148,6 +151,8 @@ class Pipeline:
         """Encode what is given, pack the prefix and say what may be written."""
         task = get_task(request.task)
         self.bundle.check_trained(task.name)
+        if request.decoding is not None:
+            self.bundle.check_parallel()
         clip = request.clip
         task.check_inputs(_given_kinds(task, request))
         if request.sampling.seed is None:
@@ -166,6 +171,7 @@ class Pipeline:
             video_in=parts.video_in,
             audio_in=parts.audio_in,
             resolution=self.geometry.resolution if sees_video else None,
+            parallel=request.decoding is not None,
         )
         prefix = pack_prefix(scene, self.bundle.vocabulary)
         guide = self._guide(request, scene)
@@ -177,13 +183,26 @@ class Pipeline:
             num_audio_latents=shape.audio,
             max_text_pieces=max(1, min(MAX_WRITTEN_PIECES, room)),
         )
+        canvas = None
+        if request.decoding is not None:
+            canvas = plan_canvas(
+                request.decoding,
+                task,
+                self.bundle.vocabulary,
+                video_latent_shape=shape.video,
+                num_audio_latents=shape.audio,
+            )
         return _Prepared(
             request=request,
             task=task,
             parts=parts,
             num_given=num_given,
             generation=GenerationRequest(
-                prefix_ids=tuple(prefix.tolist()), grammar=grammar, sampling=request.sampling, guide_ids=guide
+                prefix_ids=tuple(prefix.tolist()),
+                grammar=grammar,
+                sampling=request.sampling,
+                guide_ids=guide,
+                canvas=canvas,
             ),
         )
 
@@ -337,8 +356,22 @@ class Pipeline:
             "top_k": str(sampling.top_k),
             "top_p": repr(sampling.top_p),
             "guidance_scale": repr(float(sampling.guidance_scale)),
+            **_describe_decoding(request.decoding),
             "ids_sha256": hash_ids(ids),
         }
+
+
+def _describe_decoding(decoding: ParallelDecoding | None) -> dict[str, str]:
+    """What says how ids were written; nothing where they were written one after another."""
+    if decoding is None:
+        return {}
+    return {
+        "decoding": "parallel",
+        "steps": str(decoding.num_steps),
+        "schedule": decoding.schedule,
+        "order": decoding.order,
+        "choice_temperature": repr(float(decoding.choice_temperature)),
+    }
 
 
 def _given_kinds(task: Task, request: ClipRequest) -> list[str]:

@@ -13,7 +13,7 @@ from torch import Tensor
 from poet.errors import CheckpointError, ConfigError
 from poet.grammar import Allowed
 
-__all__ = ["SamplingConfig", "build_generator", "fold_seed", "guide", "sample"]
+__all__ = ["SamplingConfig", "build_generator", "fold_seed", "guide", "keep_likeliest", "sample"]
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -127,7 +127,7 @@ def sample(
     if rows:
         drawn = [configs[row] for row in rows]
         temperature = torch.tensor([[config.temperature] for config in drawn], device=logits.device)
-        kept = _likeliest((scores[rows] - best.values[rows, None]) / temperature, drawn)
+        kept = keep_likeliest((scores[rows] - best.values[rows, None]) / temperature, drawn)
         noise = torch.stack([_noise(allowed[row], floor, ceiling + 1, generators[row]) for row in rows])
         # argmax(log p + Gumbel noise) is a draw from p, and -log of exponential noise is Gumbel noise.
         ids = ids.clone()
@@ -135,8 +135,16 @@ def sample(
     return ids + floor
 
 
-def _likeliest(scores: Tensor, configs: Sequence[SamplingConfig]) -> Tensor:
-    """Set to -inf what top-k, and then top-p among the rest, leave out. (B, W) to (B, W)."""
+def keep_likeliest(scores: Tensor, configs: Sequence[SamplingConfig]) -> Tensor:
+    """Set to -inf what top-k, and then top-p among the rest, leave out.
+
+    Args:
+        scores: (B, W) float32, logits over the temperature.
+        configs: of each row.
+
+    Returns:
+        (B, W) float32.
+    """
     if all(config.top_k == 0 and config.top_p == 1 for config in configs):
         return scores
     width = scores.shape[1]

@@ -18,7 +18,7 @@ import torch
 from safetensors.torch import save_file
 from torch import Tensor, nn
 
-from poet.bundle import TRAINED_TASKS_KEY, Bundle, export_bundle
+from poet.bundle import TRAINED_PARALLEL_KEY, TRAINED_TASKS_KEY, Bundle, export_bundle
 from poet.data.loader import Batch, SceneLoader
 from poet.data.packing import DEFAULT_MASKS, MODALITIES, SceneSampler
 from poet.data.shards import open_shards
@@ -246,7 +246,9 @@ class LanguageRun:
         export_bundle(
             directory,
             self.bundle,
-            config | {TRAINED_TASKS_KEY: sorted(self.trained_tasks)},
+            config
+            | {TRAINED_TASKS_KEY: sorted(self.trained_tasks)}
+            | ({TRAINED_PARALLEL_KEY: True} if self.recipe.parallel_share > 0 else {}),
             lambda path: save_file(weights, path, metadata={"format": "pt"}),
             overwrite=True,
         )

@@ -371,6 +371,7 @@ class MegatronTraining(LanguageRun):
             "config": self.config.to_dict(),
             "fingerprint": self.bundle.fingerprint,
             "trained_tasks": sorted(self.trained_tasks),
+            "trained_parallel": self.recipe.parallel_share > 0,
             "dtype": self.recipe.export_dtype,
         }
 

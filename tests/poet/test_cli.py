@@ -95,6 +95,52 @@ def test_guidance_and_a_negative_prompt_change_the_clip(
     assert "guidance_scale other than 1" in err
 
 
+def test_parallel_decoding_is_asked_for_recorded_and_done_again(
+    capsys: pytest.CaptureFixture[str], tmp_path: Path
+) -> None:
+    tiny_bundle(tmp_path / "tiny")
+    file = tmp_path / "tiny" / "config.json"
+    code, _, err = run(capsys, "generate", "a star", "--model", tmp_path / "tiny", "--engine", "torch",
+                       "--decoding", "parallel", "-o", tmp_path / "no.mp4")  # fmt: skip
+    assert code == 1
+    assert "has not learnt to write many ids at once" in err
+    file.write_text(json.dumps(json.loads(file.read_text()) | {"trained_parallel": True}))
+
+    def made(name: str, *options: object) -> dict[str, object]:
+        return generate(capsys, tmp_path / "tiny", *options, "-o", tmp_path / name)
+
+    said = ("--decoding", "parallel", "--steps", 9, "--schedule", "linear", "--order", "frames",
+            "--choice-temperature", 0.5)  # fmt: skip
+    first = made("first.mp4", "a star", "--seed", 5, *said)
+    assert (first["decoding"], first["steps"], first["schedule"], first["order"]) == (
+        "parallel",
+        "9",
+        "linear",
+        "frames",
+    )
+    again = made("again.mp4", "--like", tmp_path / "first.mp4")
+    assert again["same_ids"] is True
+    other = made("other.mp4", "--like", tmp_path / "first.mp4", "--order", "whole")
+    assert other["ids_sha256"] != first["ids_sha256"]
+    assert other["steps"] == "9"
+    plain = made("plain.mp4", "--like", tmp_path / "first.mp4", "--decoding", "autoregressive")
+    assert "steps" not in plain
+    assert plain["ids_sha256"] == made("other-plain.mp4", "a star", "--seed", 5)["ids_sha256"]
+    for options, words in (
+        (("--steps", 5), "--steps is an option of parallel decoding"),
+        (("--decoding", "all"), "autoregressive, parallel"),
+        (("--decoding", "parallel", "--steps", 0), "at least 1"),
+        (("--decoding", "parallel", "--order", "rows"), "whole, parts, frames"),
+        (("--decoding", "parallel", "--schedule", "sine"), "cosine, linear, square"),
+        (("--decoding", "parallel", "--steps", 2, "--order", "frames"), "got 2 steps"),
+    ):
+        code, _, err = run(capsys, "generate", "a star", "--model", tmp_path / "tiny", "--engine", "torch",
+                           "-o", tmp_path / "no.mp4", *options)  # fmt: skip
+        assert code == 1
+        assert words in err
+    assert not (tmp_path / "no.mp4").exists()
+
+
 def test_no_metadata_leaves_it_out_and_like_then_says_so(
     capsys: pytest.CaptureFixture[str], bundle: Path, tmp_path: Path
 ) -> None:

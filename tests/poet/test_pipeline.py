@@ -9,11 +9,12 @@ import pytest
 
 from poet.bundle import Bundle
 from poet.errors import ConfigError
+from poet.generation.canvas import ParallelDecoding
 from poet.generation.engine import GenerationRequest
 from poet.generation.pipeline import ClipRequest, Pipeline
 from poet.generation.sampling import SamplingConfig
 from poet.media import Clip
-from poet.sequence import GrammarState, unpack_prefix
+from poet.sequence import GrammarState, unpack, unpack_prefix
 from poet.tasks import TASKS
 from poet.testing import tiny_bundle
 
@@ -172,6 +173,36 @@ def test_a_task_that_nobody_trained_is_refused_before_anything_is_written(tmp_pa
         pipeline.generate([good, ClipRequest(task="image_to_video", clip=given(pipeline, 1))])
     assert engine.requests == []
     assert len(pipeline.generate([good])) == 1
+
+
+def test_parallel_decoding_writes_a_clip_of_every_task_that_writes_no_text(tmp_path: Path) -> None:
+    made = tiny_bundle(tmp_path / "tiny")
+    file = made.path / "config.json"
+    decoding = ParallelDecoding(num_steps=8, order="frames")
+    pipeline, engine = make(Bundle.open(made.path))
+    with pytest.raises(ConfigError, match="has not learnt to write many ids at once"):
+        pipeline.generate([ClipRequest(task="unconditional", decoding=decoding)])
+    assert engine.requests == []
+    file.write_text(json.dumps(json.loads(file.read_text()) | {"trained_parallel": True}))
+    pipeline, engine = make(Bundle.open(made.path))
+    requests = [
+        ClipRequest(task="text_to_video_audio", text="a star", decoding=decoding),
+        ClipRequest(task="image_to_video", clip=given(pipeline, 1), decoding=decoding),
+        ClipRequest(task="text_to_audio", text="a bell", decoding=ParallelDecoding(num_steps=3)),
+        ClipRequest(task="text_to_video_audio", text="a star"),
+    ]
+    clips = pipeline.generate(requests)
+    for clip, request, asked in zip(clips, requests, engine.requests, strict=True):
+        scene = unpack(np.array([*asked.prefix_ids, *clip.ids]), made.vocabulary)
+        assert scene.parallel == (request.decoding is not None)
+        assert (asked.canvas is None) == (request.decoding is None)
+    assert clips[0].metadata["decoding"] == "parallel"
+    assert (clips[0].metadata["steps"], clips[0].metadata["order"]) == ("8", "frames")
+    assert "decoding" not in clips[3].metadata
+    engine.requests.clear()
+    with pytest.raises(ConfigError, match="writes a text"):
+        pipeline.generate([requests[0], ClipRequest(task="captioning", clip=clips[0].clip, decoding=decoding)])
+    assert engine.requests == []
 
 
 def test_a_clip_with_picture_and_sound_is_not_left_out_silently(bundle: Bundle) -> None:

@@ -50,12 +50,14 @@ class About:
         fingerprint: of its vocabulary.
         trained_tasks: task names, or none if nobody knows.
         dtype: in which a bundle holds its weights.
+        trained_parallel: whether the model has learnt to write many ids at once.
     """
 
     config: PoetConfig
     fingerprint: str
     trained_tasks: tuple[str, ...] | None
     dtype: str
+    trained_parallel: bool = False
 
     def to_dict(self) -> dict[str, Any]:
         """Plain values; inverse of `from_dict`."""
@@ -65,6 +67,7 @@ class About:
             "fingerprint": self.fingerprint,
             "trained_tasks": tasks,
             "dtype": self.dtype,
+            "trained_parallel": self.trained_parallel,
         }
 
     @classmethod
@@ -76,6 +79,7 @@ class About:
             fingerprint=str(values["fingerprint"]),
             trained_tasks=None if tasks is None else tuple(tasks),
             dtype=str(values["dtype"]),
+            trained_parallel=bool(values.get("trained_parallel", False)),  # not said before there was such a way
         )
 
 
