@@ -133,7 +133,7 @@ def generate(
     name = settings.engine or DEFAULT_ENGINE
     _ = bundle.weights_sha256  # of the files that the engine is about to read
     note(f"starting {name} on {bundle.path}")
-    writer = load_engine(name, bundle.path)
+    writer = load_engine(name, bundle.path, decodings=["autoregressive" if parallel is None else "parallel"])
     try:
         pipeline = Pipeline(bundle, writer)
         loaded = time.monotonic()

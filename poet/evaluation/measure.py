@@ -105,7 +105,7 @@ def generation(
     scores: dict[str, list[dict[str, bool]]] = {}
     ids, seconds = 0, 0.0
     weights = bundle.weights_sha256  # of the files that the engine is about to read
-    writer = load_engine(engine, bundle.path)
+    writer = load_engine(engine, bundle.path, decodings=["autoregressive" if decoding is None else "parallel"])
     try:
         pipeline = Pipeline(bundle, writer)
         for split in splits:

@@ -133,6 +133,7 @@ class TorchEngine:
         device: "cpu", "cuda", "cuda:1", ...
         dtype: "float32" or "bfloat16".
         max_batch_size: requests that are written at once, guided ones counted once; those of like length go together.
+        decodings: taken for the sake of other engines; this one writes in every way that there is.
 
     Raises:
         CheckpointError: the directory holds no sound model.
@@ -142,7 +143,13 @@ class TorchEngine:
     name = "torch"
 
     def __init__(
-        self, bundle_dir: str | Path, *, device: str = "cpu", dtype: str = "float32", max_batch_size: int = 16
+        self,
+        bundle_dir: str | Path,
+        *,
+        device: str = "cpu",
+        dtype: str = "float32",
+        max_batch_size: int = 16,
+        decodings: Sequence[str] = ("autoregressive", "parallel"),
     ) -> None:
         if dtype not in DTYPES:
             raise ConfigError(f"dtype must be one of {', '.join(DTYPES)}, got {dtype!r}.")

@@ -64,6 +64,8 @@ class VLLMEngine:
             length fit and none is ever preempted.
         num_threads: Threads of a step; None: one for a model of less than `SMALL_MODEL` parameters, else as many as
             PyTorch has. They are the caller's again between calls.
+        decodings: "autoregressive" (one id after another), "parallel" (many ids at once, `poet_serving.maskgit`), or
+            both, each of which holds the weights once.
 
     Raises:
         CheckpointError: The directory holds no model.
@@ -81,8 +83,12 @@ class VLLMEngine:
         max_num_seqs: int = 16,
         num_cache_blocks: int | None = None,
         num_threads: int | None = None,
+        decodings: Sequence[str] = ("autoregressive",),
     ) -> None:
         self._vllm: Any = None
+        self._canvases: Any = None
+        if not decodings or set(decodings) - {"autoregressive", "parallel"}:
+            raise ConfigError(f"decodings must be 'autoregressive', 'parallel' or both, got {list(decodings)}.")
         self._config = _read_config(Path(bundle_dir))
         if dtype not in ("auto", "float32", "bfloat16"):
             raise ConfigError(f"dtype must be 'auto', 'float32' or 'bfloat16', got {dtype!r}.")
@@ -104,26 +110,34 @@ class VLLMEngine:
         self._takes_pairs = max_num_seqs > 1 and blocks >= self._pair_blocks
         if VLLMEngine._running:
             raise ConfigError("a process must run one vLLM engine at a time. Close the other one first.")
-        arguments = {
+        self._max_num_seqs = max_num_seqs
+        common = {
             "model": str(bundle_dir),
             "dtype": dtype,
             "max_num_seqs": max_num_seqs,
             "max_model_len": longest,
+            "enforce_eager": True,
+        }
+        cached = {
             "max_num_batched_tokens": max(2 * longest, 2048),  # a guided request is read together with its guide
             "block_size": BLOCK_SIZE,
             "num_gpu_blocks_override": blocks,
             "kv_cache_memory_bytes": blocks * self._block_bytes(dtype),
-            "enforce_eager": True,
         }
         try:
-            self._vllm = _start(arguments)
+            if "autoregressive" in decodings:
+                self._vllm = _start(common | cached)
+            if "parallel" in decodings:
+                self._canvases = _start(common | _canvas_arguments(max(2, max_num_seqs) * longest))
         except (ValueError, KeyError, RuntimeError, OSError, SafetensorError) as error:
+            self.close()
             if isinstance(error, PoetError):
                 raise
             raise CheckpointError(f"vLLM cannot load the model of {bundle_dir}: {error}") from error
         VLLMEngine._running = True
         try:
-            check_settings(self._vllm.vllm_config)
+            if self._vllm is not None:
+                check_settings(self._vllm.vllm_config)
         except ConfigError:
             self.close()
             raise
@@ -147,16 +161,43 @@ class VLLMEngine:
         Raises:
             ConfigError: A request that the model cannot take; no request has been started then.
         """
-        if self._vllm is None:
+        if self._vllm is None and self._canvases is None:
             raise ConfigError("the engine must be open to generate; it was closed.")
-        parameters = [self._parameters(index, request) for index, request in enumerate(requests)]
+        for index, request in enumerate(requests):
+            self._check(index, request)
+        in_turn = [index for index, request in enumerate(requests) if request.canvas is None]
+        at_once = [index for index, request in enumerate(requests) if request.canvas is not None]
+        longest = [max_output_length(request.grammar) for request in requests]
+        total, first = sum(longest), sum(longest[index] for index in in_turn)
+        written: dict[int, list[int]] = {}
+        threads_before = torch.get_num_threads()
+        torch.set_num_threads(self._num_threads or threads_before)
+        try:
+            if in_turn:
+                chosen = [requests[index] for index in in_turn]
+                advance = None if progress is None else lambda done, _: progress(done, total)
+                written |= zip(in_turn, self._write(chosen, advance), strict=True)
+            if at_once:
+                from poet_serving.maskgit import fill_canvases
+
+                chosen = [requests[index] for index in at_once]
+                advance = None if progress is None else lambda done, _: progress(first + done, total)
+                filled = fill_canvases(self._canvases, chosen, self._max_num_seqs, advance)
+                written |= zip(at_once, filled, strict=True)
+        finally:
+            torch.set_num_threads(threads_before)
+        return [written[index] for index in range(len(requests))]
+
+    def _write(
+        self, requests: Sequence[GenerationRequest], progress: Callable[[int, int], None] | None
+    ) -> list[list[int]]:
+        """The outputs of requests that are written one id after another."""
+        parameters = [self._parameters(request) for request in requests]
         outputs: dict[str, list[int]] = {str(index): [] for index in range(len(requests))}
         guides: dict[str, list[int]] = {f"{index}-guide": [] for index, one in enumerate(requests) if one.guided}
         longest = {name: max_output_length(request.grammar) for name, request in zip(outputs, requests, strict=True)}
         done, total = 0, sum(longest.values())
         started: list[str] = []
-        threads_before = torch.get_num_threads()
-        torch.set_num_threads(self._num_threads or threads_before)
         try:
             for name, request, parameter in zip(outputs, requests, parameters, strict=True):
                 for request_id, prefix, one in self._halves(name, request, parameter):
@@ -175,7 +216,6 @@ class VLLMEngine:
                 if progress is not None:
                     progress(done, total)
         finally:
-            torch.set_num_threads(threads_before)
             if self._vllm.has_unfinished_requests():  # Ctrl-C, or progress() raised: the engine stays usable
                 self._vllm.abort_request(started, internal=True)
         for name, ids in guides.items():
@@ -202,19 +242,28 @@ class VLLMEngine:
             own.extra_args = parameter.extra_args | guidance_arguments(half)
             yield name + suffix, prefix, own
 
-    def _parameters(self, index: int, request: GenerationRequest) -> Any:
-        """Translate a request, or refuse it."""
+    def _check(self, index: int, request: GenerationRequest) -> None:
+        """Raise unless the engine can take a request."""
+        check_request(request, self._config, index=index)
+        kind, engine = ("autoregressive", self._vllm) if request.canvas is None else ("parallel", self._canvases)
+        if engine is None:
+            raise ConfigError(
+                f"request {index}: the engine was started without {kind} decoding. Name it in the engine's decodings."
+            )
+        takes_pairs = self._takes_pairs if request.canvas is None else self._max_num_seqs > 1
+        if request.guided and not takes_pairs:
+            raise ConfigError(
+                f"request {index}: guidance writes two requests at once, for which max_num_seqs must be at least 2 and "
+                f"num_cache_blocks at least {self._pair_blocks}. Start the engine with more, or set guidance_scale 1."
+            )
+
+    def _parameters(self, request: GenerationRequest) -> Any:
+        """Translate a request."""
         from vllm import SamplingParams
         from vllm.sampling_params import RequestOutputKind
 
         from poet_serving.grammar import grammar_arguments
 
-        check_request(request, self._config, index=index)
-        if request.guided and not self._takes_pairs:
-            raise ConfigError(
-                f"request {index}: guidance writes two requests at once, for which max_num_seqs must be at least 2 and "
-                f"num_cache_blocks at least {self._pair_blocks}. Start the engine with more, or set guidance_scale 1."
-            )
         sampling = request.sampling
         return SamplingParams(
             temperature=sampling.temperature,
@@ -230,9 +279,11 @@ class VLLMEngine:
 
     def close(self) -> None:
         """Release the model and the cache; closing twice does no harm."""
-        if self._vllm is not None:
-            self._vllm.engine_core.shutdown()
-            self._vllm = None
+        engines = [engine for engine in (self._vllm, self._canvases) if engine is not None]
+        self._vllm = self._canvases = None
+        for engine in engines:
+            engine.engine_core.shutdown()
+        if engines:
             VLLMEngine._running = False
 
     def __enter__(self) -> Self:
@@ -281,8 +332,19 @@ def _fastest_dtype() -> str:
     return "bfloat16" if multiplies else "float32"
 
 
+def _canvas_arguments(budget: int) -> dict[str, Any]:
+    """What vLLM is told besides for canvases: a model without a cache, which reads `budget` ids a step at most."""
+    from poet_serving.plugin import CANVAS_ARCHITECTURE
+
+    return {
+        "runner": "pooling",
+        "max_num_batched_tokens": budget,
+        "hf_overrides": {"architectures": [CANVAS_ARCHITECTURE]},
+    }
+
+
 def _start(arguments: dict[str, Any]) -> Any:
-    """Import vLLM and build its engine with Poet's model and logits processor."""
+    """Import vLLM and build its engine with one of Poet's models."""
     os.environ.update(_REQUIRED_ENVIRONMENT)
     for key, value in _DEFAULT_ENVIRONMENT.items():
         os.environ.setdefault(key, value)
@@ -301,17 +363,21 @@ def _start(arguments: dict[str, Any]) -> Any:
         from poet_serving.attention import PROMPT_LENGTHS_KEY
         from poet_serving.grammar import GrammarLogitsProcessor
         from poet_serving.guidance import GuidanceLogitsProcessor
-        from poet_serving.plugin import ARCHITECTURE, register
+        from poet_serving.maskgit import PoetForCanvas
+        from poet_serving.plugin import ARCHITECTURE, CANVAS_ARCHITECTURE, register
         from poet_serving.scheduler import PairScheduler
         from poet_serving.vllm_model import PoetForCausalLM
 
-        # As a class: named by a string, it would be imported in a process of its own first, to be inspected.
+        # As classes: named by strings, they would be imported in a process of their own first, to be inspected.
         ModelRegistry.register_model(ARCHITECTURE, PoetForCausalLM)
+        ModelRegistry.register_model(CANVAS_ARCHITECTURE, PoetForCanvas)
         register()
+        overrides = arguments.pop("hf_overrides", {}) | {PROMPT_LENGTHS_KEY: 1}
+        if arguments.get("runner") != "pooling":
+            arguments["logits_processors"] = [GuidanceLogitsProcessor, GrammarLogitsProcessor]  # in this order
         engine_arguments = EngineArgs(
             **arguments,
-            hf_overrides={PROMPT_LENGTHS_KEY: 1},
-            logits_processors=[GuidanceLogitsProcessor, GrammarLogitsProcessor],  # in this order
+            hf_overrides=overrides,
             scheduler_cls=PairScheduler,
             enable_prefix_caching=False,
             enable_chunked_prefill=False,

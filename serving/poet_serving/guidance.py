@@ -7,6 +7,7 @@ have to be in every step together, for which `poet_serving.scheduler` cares. Thi
 Legend: N requests of a step; V padded vocabulary.
 """
 
+from collections.abc import Mapping
 from typing import Any, NamedTuple
 
 import torch
@@ -18,7 +19,7 @@ from vllm.v1.sample.logits_processor.builtin import process_dict_updates
 from poet.errors import ConfigError, PoetError
 from poet.generation.sampling import guide
 
-__all__ = ["GUIDANCE_KEY", "GuidanceLogitsProcessor", "Half", "guidance_arguments", "half_of"]
+__all__ = ["GUIDANCE_KEY", "GuidanceLogitsProcessor", "Half", "guidance_arguments", "half_of", "half_of_arguments"]
 
 GUIDANCE_KEY = "poet_guidance"
 
@@ -43,12 +44,21 @@ def guidance_arguments(half: Half) -> dict[str, Any]:
 
 
 def half_of(params: SamplingParams | None) -> Half | None:
-    """Return which half of which pair a request is, None for one that is written alone.
+    """Return which half of which pair a request is that writes one id after another, None for one written alone.
 
     Raises:
         ConfigError: its arguments are not those of `guidance_arguments`.
     """
-    given = None if params is None else (params.extra_args or {}).get(GUIDANCE_KEY)
+    return None if params is None else half_of_arguments(params.extra_args or {})
+
+
+def half_of_arguments(arguments: Mapping[str, Any]) -> Half | None:
+    """Return which half of which pair a request with these extra arguments is, None for one written alone.
+
+    Raises:
+        ConfigError: they are not those of `guidance_arguments`.
+    """
+    given = arguments.get(GUIDANCE_KEY)
     if given is None:
         return None
     try:

@@ -9,16 +9,19 @@ from transformers import AutoConfig
 
 from poet.model.huggingface import PoetHuggingFaceConfig
 
-__all__ = ["ARCHITECTURE", "MODEL_CLASS", "register"]
+__all__ = ["ARCHITECTURE", "CANVAS_ARCHITECTURE", "CANVAS_MODEL_CLASS", "MODEL_CLASS", "register"]
 
 ARCHITECTURE = "PoetForCausalLM"
+CANVAS_ARCHITECTURE = "PoetForCanvas"
 MODEL_CLASS = "poet_serving.vllm_model:PoetForCausalLM"
+CANVAS_MODEL_CLASS = "poet_serving.maskgit:PoetForCanvas"
 
 
 def register() -> None:
-    """Register the `poet` configuration with transformers and `PoetForCausalLM` with vLLM; twice does no harm."""
+    """Register the `poet` configuration with transformers and both models with vLLM; twice does no harm."""
     from vllm import ModelRegistry  # here, not above: this module is also imported where vLLM is not installed
 
     AutoConfig.register(PoetHuggingFaceConfig.model_type, PoetHuggingFaceConfig, exist_ok=True)
-    if ARCHITECTURE not in ModelRegistry.get_supported_archs():
-        ModelRegistry.register_model(ARCHITECTURE, MODEL_CLASS)
+    for architecture, model_class in ((ARCHITECTURE, MODEL_CLASS), (CANVAS_ARCHITECTURE, CANVAS_MODEL_CLASS)):
+        if architecture not in ModelRegistry.get_supported_archs():
+            ModelRegistry.register_model(architecture, model_class)

@@ -16,7 +16,7 @@ from typing import Any
 from vllm.v1.core.sched.scheduler import Scheduler
 from vllm.v1.request import Request, RequestStatus
 
-from poet_serving.guidance import half_of
+from poet_serving.guidance import half_of, half_of_arguments
 
 __all__ = ["PairScheduler"]
 
@@ -33,7 +33,8 @@ class PairScheduler(Scheduler):  # type: ignore[misc]
 
     def add_request(self, request: Request) -> None:
         """Queue a request, or a pair when its second half arrives."""
-        half = half_of(request.sampling_params)
+        pooling = request.pooling_params
+        half = half_of(request.sampling_params) if pooling is None else half_of_arguments(pooling.extra_kwargs or {})
         if half is None:
             super().add_request(request)
             return

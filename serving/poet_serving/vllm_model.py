@@ -15,6 +15,7 @@ from vllm.compilation.decorators import support_torch_compile
 from vllm.config import VllmConfig
 from vllm.distributed import get_pp_group, get_tensor_model_parallel_world_size
 from vllm.forward_context import get_forward_context
+from vllm.model_executor.layers.attention import EncoderOnlyAttention
 from vllm.model_executor.layers.layernorm import RMSNorm
 from vllm.model_executor.layers.linear import QKVParallelLinear, RowParallelLinear
 from vllm.model_executor.layers.logits_processor import LogitsProcessor
@@ -27,7 +28,14 @@ from vllm.model_executor.models.utils import PPMissingLayer, maybe_prefix
 from poet.errors import ConfigError
 from poet_serving.attention import PROMPT_LENGTHS_KEY, PrefixAttention, is_compiled
 
-__all__ = ["DirectLayer", "PoetAttention", "PoetDecoderLayer", "PoetForCausalLM", "PoetModel"]
+__all__ = [
+    "BidirectionalDecoderLayer",
+    "DirectLayer",
+    "PoetAttention",
+    "PoetDecoderLayer",
+    "PoetForCausalLM",
+    "PoetModel",
+]
 
 
 class PoetAttention(Qwen3Attention):  # type: ignore[misc]
@@ -41,6 +49,8 @@ class PoetAttention(Qwen3Attention):  # type: ignore[misc]
         quant_config: vLLM's, None for plain weights.
         prefix: The layer's name in the model.
     """
+
+    inner: type[Any] = PrefixAttention
 
     def __init__(self, config: Any, cache_config: Any, quant_config: Any, prefix: str) -> None:
         nn.Module.__init__(self)
@@ -75,7 +85,7 @@ class PoetAttention(Qwen3Attention):  # type: ignore[misc]
             max_position=config.max_position_embeddings,
             rope_parameters=config.rope_parameters,
         )
-        self.attn = PrefixAttention(
+        self.attn = self.inner(
             self.num_heads,
             self.head_dim,
             self.scaling,
@@ -88,15 +98,23 @@ class PoetAttention(Qwen3Attention):  # type: ignore[misc]
         self.k_norm = RMSNorm(self.head_dim, eps=config.rms_norm_eps)
 
 
+class BidirectionalAttention(PoetAttention):
+    """The same over a whole request both ways, without a cache; arguments as there."""
+
+    inner = EncoderOnlyAttention
+
+
 class PoetDecoderLayer(Qwen3DecoderLayer):  # type: ignore[misc]
     """Qwen3's layer with `PoetAttention`; arguments as there."""
+
+    attention_type: type[PoetAttention] = PoetAttention
 
     def __init__(
         self, config: Any, cache_config: Any | None = None, quant_config: Any | None = None, prefix: str = ""
     ) -> None:
         nn.Module.__init__(self)
         self.hidden_size = config.hidden_size
-        self.self_attn = PoetAttention(config, cache_config, quant_config, f"{prefix}.self_attn")
+        self.self_attn = self.attention_type(config, cache_config, quant_config, f"{prefix}.self_attn")
         self.mlp = Qwen2MLP(
             hidden_size=config.hidden_size,
             intermediate_size=config.intermediate_size,
@@ -106,6 +124,12 @@ class PoetDecoderLayer(Qwen3DecoderLayer):  # type: ignore[misc]
         )
         self.input_layernorm = RMSNorm(config.hidden_size, eps=config.rms_norm_eps)
         self.post_attention_layernorm = RMSNorm(config.hidden_size, eps=config.rms_norm_eps)
+
+
+class BidirectionalDecoderLayer(PoetDecoderLayer):
+    """The layer of canvases."""
+
+    attention_type = BidirectionalAttention
 
 
 class DirectLayer:
@@ -153,7 +177,9 @@ class DirectLayer:
         self.query_norm = _weight_and_epsilon(attention.q_norm)
         self.key_norm = _weight_and_epsilon(attention.k_norm)
 
-    def __call__(self, change_TC: Tensor, stream_TC: Tensor, positions: Tensor, metadata: Any, slots: Tensor) -> Tensor:
+    def __call__(
+        self, change_TC: Tensor, stream_TC: Tensor, positions: Tensor, metadata: Any, slots: Tensor | None
+    ) -> Tensor:
         """Add the change that the layer below made to the residual stream, and compute this layer's.
 
         Args:
@@ -161,7 +187,7 @@ class DirectLayer:
             stream_TC: the residual stream; changed in place.
             positions: (T,) int64.
             metadata: of the step, from the attention backend's builder.
-            slots: (T,) where each id's key and value go in the cache.
+            slots: (T,) where each id's key and value go in the cache; None where there is none.
 
         Returns:
             (T, C), this layer's change, of which the stream holds the attention's part already.
@@ -178,7 +204,8 @@ class DirectLayer:
         attention = self.attention
         query, key = query.view(-1, num_heads, head_dim), key.view(-1, num_kv_heads, head_dim)
         value = value.view(-1, num_kv_heads, head_dim)
-        attention.impl.do_kv_cache_update(attention, key, value, attention.kv_cache, slots)
+        if slots is not None:
+            attention.impl.do_kv_cache_update(attention, key, value, attention.kv_cache, slots)
         seen = torch.empty_like(query)
         attention.impl.forward(attention, query, key, value, attention.kv_cache, metadata, seen)
         change_TC = self.output(seen.view(-1, self.sizes[0]))
@@ -214,8 +241,10 @@ def _takes_direct_layers(config: VllmConfig) -> bool:
 class PoetModel(Qwen2Model):  # type: ignore[misc]
     """Embedding, `PoetDecoderLayer`s and the last norm."""
 
-    def __init__(self, *, vllm_config: VllmConfig, prefix: str = "") -> None:
-        super().__init__(vllm_config=vllm_config, prefix=prefix, decoder_layer_type=PoetDecoderLayer)
+    def __init__(
+        self, *, vllm_config: VllmConfig, prefix: str = "", layer_type: type[PoetDecoderLayer] = PoetDecoderLayer
+    ) -> None:
+        super().__init__(vllm_config=vllm_config, prefix=prefix, decoder_layer_type=layer_type)
         self.takes_direct_layers = _takes_direct_layers(vllm_config)
         self.direct_layers: list[DirectLayer] = []
 
@@ -245,7 +274,7 @@ class PoetModel(Qwen2Model):  # type: ignore[misc]
         change_TC = self.embed_tokens(input_ids)
         stream_TC = torch.zeros_like(change_TC)
         for layer in self.direct_layers:
-            metadata, slots = context.attn_metadata[layer.name], context.slot_mapping[layer.name]
+            metadata, slots = context.attn_metadata[layer.name], context.slot_mapping.get(layer.name)
             change_TC = layer(change_TC, stream_TC, positions, metadata, slots)
         torch.ops._C.fused_add_rms_norm(change_TC, stream_TC, *_weight_and_epsilon(self.norm))
         return change_TC
@@ -258,6 +287,8 @@ class PoetForCausalLM(Qwen3ForCausalLM):  # type: ignore[misc]
         ConfigError: vLLM would not tell attention how long prompts are.
     """
 
+    layer_type: type[PoetDecoderLayer] = PoetDecoderLayer
+
     def __init__(self, *, vllm_config: VllmConfig, prefix: str = "") -> None:
         nn.Module.__init__(self)
         config = vllm_config.model_config.hf_config
@@ -269,7 +300,9 @@ class PoetForCausalLM(Qwen3ForCausalLM):  # type: ignore[misc]
         self.config = config
         self.vllm_config = vllm_config
         self.quant_config = vllm_config.quant_config
-        self.model = PoetModel(vllm_config=vllm_config, prefix=maybe_prefix(prefix, "model"))
+        self.model = PoetModel(
+            vllm_config=vllm_config, prefix=maybe_prefix(prefix, "model"), layer_type=self.layer_type
+        )
         if get_pp_group().is_last_rank:
             self.lm_head = ParallelLMHead(
                 config.vocab_size,

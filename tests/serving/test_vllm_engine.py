@@ -12,6 +12,7 @@ import torch
 
 from poet.errors import CheckpointError, ConfigError
 from poet.generation.engine import Engine, GenerationRequest
+from poet.generation.maskgit import CanvasPlan, Stage
 from poet.generation.sampling import SamplingConfig
 from poet.grammar import Segment, check_output, max_output_length
 from poet.model.config import PoetConfig
@@ -109,6 +110,10 @@ def test_requests_without_a_seed_differ(engine: VLLMEngine) -> None:
         ({"prefix_ids": 211 * (7,)}, "at most 256 ids together, got 211"),
         ({"grammar": (Segment(1, 380, 385),)}, r"must be in \[0, 384\)"),
         ({"grammar": ()}, "at least one segment"),
+        (
+            {"grammar": (Segment(9, 7, 20),), "canvas": CanvasPlan(stages=(Stage(0, 9, 2),), mask_id=3)},
+            "without parallel decoding",
+        ),
         ({"grammar": (Segment(7, 11, 23, stop=5), Segment(2, 30, 31))}, "must end in one id"),
     ],
 )

@@ -1,0 +1,219 @@
+"""Canvases in vLLM: every step of an output is a request to a pooling model, which draws ids on the worker.
+
+The model is Poet's transformer with attention both ways over a whole request. A request is a prefix and its canvas as
+it stands; its pooler reads the logits of the places that are asked for, draws an id for each and returns ids and
+log-probabilities. What is kept of them is decided outside, by the same `Canvas` as in the reference. Requests of many
+outputs, at different steps, make up one batch. A guided output has a second request in the same batch, whose logits
+move it away (`poet_serving.scheduler` keeps the two together).
+
+This module knows ids and logits; prefixes, tasks and codes belong to others.
+
+Legend: T ids of a step over all requests, C hidden size, N places that a request asks for.
+"""
+
+from __future__ import annotations
+
+import uuid
+from collections import deque
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from typing import Any, Final
+
+import numpy as np
+import torch
+from torch import Tensor
+from vllm import PoolingParams
+from vllm.config import VllmConfig
+from vllm.model_executor.layers.pooler.abstract import Pooler
+from vllm.model_executor.models.interfaces_base import attn_type, default_pooling_type
+from vllm.v1.pool.metadata import PoolingMetadata
+
+from poet.errors import PoetError
+from poet.generation.engine import GenerationRequest
+from poet.generation.maskgit import Canvas, draw_places
+from poet.generation.sampling import SamplingConfig, guide
+from poet_serving.guidance import Half, guidance_arguments, half_of_arguments
+from poet_serving.vllm_model import BidirectionalDecoderLayer, PoetForCausalLM
+
+__all__ = ["CanvasPooler", "PoetForCanvas", "fill_canvases"]
+
+CANVAS_KEY: Final = "poet_canvas"
+_TASK: Final = "token_classify"  # of vLLM's tasks the one that answers for every id
+
+
+def canvas_arguments(prefix_len: int, canvas: Canvas) -> dict[str, Any]:
+    """What a request's `extra_kwargs` must hold: the places that this step asks for and how to draw their ids."""
+    asked = canvas.asked()
+    sampling = canvas.sampling
+    return {
+        CANVAS_KEY: {
+            "places": (prefix_len + asked).tolist(),
+            "low": canvas.low[asked].tolist(),
+            "high": canvas.high[asked].tolist(),
+            "step": canvas.step,
+            "temperature": sampling.temperature,
+            "top_k": sampling.top_k,
+            "top_p": sampling.top_p,
+            "seed": sampling.seed,
+        }
+    }
+
+
+class CanvasPooler(Pooler):  # type: ignore[misc]
+    """Draws the ids that each request of a step asks for.
+
+    Args:
+        logits: (N, C) hidden states to (N, V) logits.
+    """
+
+    def __init__(self, logits: Callable[[Tensor], Tensor]) -> None:
+        super().__init__()
+        self._logits = logits
+
+    def get_supported_tasks(self) -> set[str]:
+        """The one of vLLM's tasks that canvases are asked for with."""
+        return {_TASK}
+
+    def forward(self, hidden_states: Tensor, pooling_metadata: PoolingMetadata) -> list[Tensor]:
+        """Answer every request of a step.
+
+        Args:
+            hidden_states: (T, C) of all requests, one after another.
+            pooling_metadata: says where each request's lie, and what it asks for.
+
+        Returns:
+            For each request (N, 2) float32, id and log-probability; (0, 2) for a guide.
+
+        Raises:
+            PoetError: a request is without its guide in this step, or a guide without its request.
+        """
+        lengths = pooling_metadata.get_pooling_cursor().num_scheduled_tokens_cpu.tolist()
+        asked = [self._of_request(params) for params in pooling_metadata.pooling_params]
+        starts = np.cumsum([0, *lengths])
+        guides = {half.pair: row for row, (_, half) in enumerate(asked) if half is not None and half.is_guide}
+        answers = []
+        for row, (canvas, half) in enumerate(asked):
+            if half is not None and half.is_guide:
+                answers.append(torch.zeros(0, 2))
+                continue
+            logits = self._before(hidden_states, int(starts[row]), canvas)
+            if half is not None:
+                other = guides.pop(half.pair, None)
+                if other is None:
+                    raise _apart(half.pair)
+                steered_from = self._before(hidden_states, int(starts[other]), asked[other][0])
+                logits = guide(logits, steered_from, [half.scale] * len(logits))
+            sampling = SamplingConfig(**{name: canvas[name] for name in ("temperature", "top_k", "top_p", "seed")})
+            low, high = np.array(canvas["low"]), np.array(canvas["high"])
+            ids, sure = draw_places(logits, low, high, sampling, canvas["step"])
+            answers.append(torch.from_numpy(np.stack([ids.astype(np.float32), sure], axis=1)))
+        if guides:
+            raise _apart(next(iter(guides)))
+        return answers
+
+    def _before(self, hidden_states: Tensor, start: int, canvas: Mapping[str, Any]) -> Tensor:
+        """(N, V): the prediction for a place is read one place before it."""
+        places = torch.tensor(canvas["places"], device=hidden_states.device) + (start - 1)
+        return self._logits(hidden_states[places])
+
+    @staticmethod
+    def _of_request(params: PoolingParams) -> tuple[Mapping[str, Any], Half | None]:
+        arguments = params.extra_kwargs or {}
+        # vLLM measures its memory with requests of its own, which ask for nothing.
+        nothing = {"places": [], "low": [], "high": [], "step": 0, "temperature": 0, "top_k": 0, "top_p": 1, "seed": 0}
+        return arguments.get(CANVAS_KEY, nothing), half_of_arguments(arguments)
+
+
+def _apart(pair: str) -> PoetError:
+    return PoetError(
+        f"guided canvases must be in every step with their guides, pair {pair} was not. Start vLLM with "
+        "poet_serving.scheduler.PairScheduler, which keeps them together."
+    )
+
+
+@attn_type("encoder_only")
+@default_pooling_type(tok_pooling_type="ALL")
+class PoetForCanvas(PoetForCausalLM):
+    """The class behind the architecture of canvases: a bundle's weights, read both ways, with `CanvasPooler`."""
+
+    is_pooling_model = True
+    layer_type = BidirectionalDecoderLayer
+
+    def __init__(self, *, vllm_config: VllmConfig, prefix: str = "") -> None:
+        super().__init__(vllm_config=vllm_config, prefix=prefix)
+        self.pooler = CanvasPooler(self.compute_logits)
+
+
+def fill_canvases(
+    vllm: Any,
+    requests: Sequence[GenerationRequest],
+    max_num_seqs: int,
+    progress: Callable[[int, int], None] | None = None,
+) -> list[list[int]]:
+    """Fill the canvases of all requests.
+
+    Args:
+        vllm: an `LLMEngine` that runs `PoetForCanvas`.
+        requests: checked ones, all with canvases.
+        max_num_seqs: requests of a step; a guided output counts twice.
+        progress: called after every step with the ids known and those that there are, over all requests.
+
+    Returns:
+        The output ids of each request, complete in its grammar.
+    """
+    canvases = [Canvas(one.grammar, one.canvas, one.sampling) for one in requests if one.canvas is not None]
+    waiting = deque(row for row, canvas in enumerate(canvases) if not canvas.done)
+    running: set[int] = set()
+    slots = max_num_seqs
+    started: list[str] = []
+    total = sum(len(canvas.ids) for canvas in canvases)
+    try:
+        while waiting or running:
+            # As many outputs as fit a step, each to its end, so that the first are done early.
+            while waiting and slots >= 1 + requests[waiting[0]].guided:
+                row = waiting.popleft()
+                slots -= 1 + requests[row].guided
+                running.add(row)
+                started += _ask(vllm, row, requests[row], canvases[row])
+            for answer in vllm.step():
+                row, is_guide = _row_of(answer.request_id)
+                if is_guide or not answer.finished:
+                    continue
+                canvas = canvases[row]
+                drawn, sure = answer.outputs.data.numpy().T
+                canvas.settle(drawn.astype(np.int64), sure)
+                if canvas.done:
+                    running.remove(row)
+                    slots += 1 + requests[row].guided
+                else:
+                    started += _ask(vllm, row, requests[row], canvas)
+            if progress is not None:
+                progress(sum(canvas.num_known for canvas in canvases), total)
+    finally:
+        if vllm.has_unfinished_requests():  # Ctrl-C, or progress() raised: the engine stays usable
+            vllm.abort_request(started, internal=True)
+    return [canvas.ids.tolist() for canvas in canvases]
+
+
+def _ask(vllm: Any, row: int, request: GenerationRequest, canvas: Canvas) -> list[str]:
+    """Ask for the next step of a canvas; the names that the engine gives to what was asked."""
+    names = []
+    for suffix, prefix, half in _halves(request):
+        arguments = canvas_arguments(len(prefix), canvas) | half
+        params = PoolingParams(task=_TASK, extra_kwargs=arguments, skip_reading_prefix_cache=True)
+        prompt = {"prompt_token_ids": [*prefix, *canvas.shown()]}
+        names.append(vllm.add_request(f"{row}.{canvas.step}{suffix}", prompt, params))
+    return names
+
+
+def _halves(request: GenerationRequest) -> Iterator[tuple[str, Sequence[int], dict[str, Any]]]:
+    if not request.guided or request.guide_ids is None:
+        yield "", request.prefix_ids, {}
+        return
+    pair = uuid.uuid4().hex
+    for suffix, prefix in (("", request.prefix_ids), ("-guide", request.guide_ids)):
+        half = Half(pair, is_guide=bool(suffix), scale=float(request.sampling.guidance_scale))
+        yield suffix, prefix, guidance_arguments(half)
+
+
+def _row_of(name: str) -> tuple[int, bool]:
+    return int(name.partition(".")[0]), name.endswith("-guide")
