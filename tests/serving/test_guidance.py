@@ -132,7 +132,7 @@ def test_an_interrupted_call_leaves_no_half_behind(engine: VLLMEngine) -> None:
 
 
 def submit(engine: VLLMEngine, request: GenerationRequest, name: str, halves: tuple[int, ...] = (0, 1)) -> list[str]:
-    parameter = engine._parameters(0, request)
+    parameter = engine._parameters(request)
     wanted = [half for place, half in enumerate(engine._halves(name, request, parameter)) if place in halves]
     return [engine._vllm.add_request(id, {"prompt_token_ids": list(ids)}, one) for id, ids, one in wanted]
 
