@@ -158,14 +158,19 @@ def is_held_out(shape: str, colour: str, motion: str) -> bool:
     return zlib.crc32(f"{shape}|{colour}|{motion}".encode()) % 10 == 0
 
 
-def draw(split: str, index: int) -> ToyboxClip:
+def draw(split: str, index: int, resolution: int = RESOLUTION) -> ToyboxClip:
     """Draw clip `index` of `split` ("train", "seen" or "unseen") with picture, sound and caption.
 
+    Args:
+        split: its name.
+        index: counted from 0.
+        resolution: pixels of height and width, a multiple of 64; the same scene with finer edges.
+
     Raises:
-        ConfigError: unknown split or negative index.
+        ConfigError: unknown split, negative index, or a resolution that is no multiple of 64.
     """
     plan = _plan(split, index)
-    clip = Clip(frames=_render(plan), fps=float(FPS), samples=_synthesise(plan), sample_rate=SAMPLE_RATE)
+    clip = Clip(frames=_render(plan, resolution), fps=float(FPS), samples=_synthesise(plan), sample_rate=SAMPLE_RATE)
     return ToyboxClip(
         key=f"{split}-{index:07d}",
         attributes=plan.attributes,
@@ -176,9 +181,9 @@ def draw(split: str, index: int) -> ToyboxClip:
     )
 
 
-def draw_frames(split: str, index: int) -> NDArray[np.uint8]:
-    """The picture alone of clip `index`: (N, H, W, 3) uint8."""
-    return _render(_plan(split, index))
+def draw_frames(split: str, index: int, resolution: int = RESOLUTION) -> NDArray[np.uint8]:
+    """The picture alone of clip `index`: (N, H, W, 3) uint8; arguments and errors as of `draw`."""
+    return _render(_plan(split, index), resolution)
 
 
 def draw_sound(split: str, index: int) -> NDArray[np.float32]:
@@ -193,14 +198,16 @@ class ToyboxSource:
         split: "train", "seen" or "unseen".
         count: number of clips.
         start: index of the first.
+        resolution: see `draw`.
     """
 
-    def __init__(self, split: str, count: int, start: int = 0) -> None:
+    def __init__(self, split: str, count: int, start: int = 0, resolution: int = RESOLUTION) -> None:
         if count < 1 or start < 0:
             raise ConfigError(f"a Toybox source needs count >= 1 and start >= 0, got count={count}, start={start}.")
         _plan(split, start)
-        self.split, self.count, self.start = split, count, start
-        self.name = f"toybox:{split}?start={start}"
+        _scale_of(resolution)
+        self.split, self.count, self.start, self.resolution = split, count, start, resolution
+        self.name = f"toybox:{split}?start={start}" + ("" if resolution == RESOLUTION else f"&resolution={resolution}")
 
     def __len__(self) -> int:
         return self.count
@@ -208,11 +215,11 @@ class ToyboxSource:
     def __getitem__(self, index: int) -> ToyboxClip:
         if not 0 <= index < self.count:
             raise IndexError(index)
-        return draw(self.split, self.start + index)
+        return draw(self.split, self.start + index, self.resolution)
 
     def frames(self, index: int) -> NDArray[np.uint8]:
         """The picture alone of clip `index`: (N, H, W, 3) uint8; faster where the sound is not wanted."""
-        return draw_frames(self.split, self.start + index)
+        return draw_frames(self.split, self.start + index, self.resolution)
 
     def caption(self, index: int) -> str:
         """The caption alone of clip `index`."""
@@ -295,21 +302,29 @@ def _bounce_phase(period: float, rng: np.random.Generator) -> tuple[float, tuple
             return phase, tuple(contacts)
 
 
-def _render(plan: _Plan) -> NDArray[np.uint8]:
+def _scale_of(resolution: int) -> int:
+    """Pixels of a clip for one of the plan's."""
+    if resolution < RESOLUTION or resolution % RESOLUTION:
+        raise ConfigError(f"a Toybox clip's resolution must be a multiple of {RESOLUTION}, got {resolution}.")
+    return resolution // RESOLUTION
+
+
+def _render(plan: _Plan, resolution: int) -> NDArray[np.uint8]:
     """Draw the frames with 4 x 4 samples a pixel. Only a patch around the object is sampled."""
-    track = plan.trajectory
+    scale = _scale_of(resolution)
+    x, y, half_width = (scale * part for part in (plan.trajectory.x, plan.trajectory.y, plan.trajectory.half_width))
     background = np.array(BACKGROUNDS[plan.attributes.background], np.float32)
     colour = np.array(COLOURS[plan.attributes.colour], np.float32)
-    patch = 2 * math.ceil(float(track.half_width.max())) + 4
-    left = np.clip(np.floor(track.x - patch / 2), 0, RESOLUTION - patch).astype(np.int64)
-    top = np.clip(np.floor(track.y - patch / 2), 0, RESOLUTION - patch).astype(np.int64)
+    patch = 2 * math.ceil(float(half_width.max())) + 4
+    left = np.clip(np.floor(x - patch / 2), 0, resolution - patch).astype(np.int64)
+    top = np.clip(np.floor(y - patch / 2), 0, resolution - patch).astype(np.int64)
     offsets = (np.arange(patch * _SUPERSAMPLING, dtype=np.float32) + 0.5) / _SUPERSAMPLING
-    u = ((left - track.x)[:, None] + offsets) / track.half_width[:, None]
-    v = ((top - track.y)[:, None] + offsets) / track.half_width[:, None]
+    u = ((left - x)[:, None] + offsets) / half_width[:, None]
+    v = ((top - y)[:, None] + offsets) / half_width[:, None]
     inside = _inside(plan.attributes.shape, u[:, None, :].astype(np.float32), v[:, :, None].astype(np.float32))
     cells = inside.reshape(NUM_FRAMES, patch, _SUPERSAMPLING, patch, _SUPERSAMPLING)
     coverage = cells.mean(axis=(2, 4), dtype=np.float32)[..., None]
-    frames = np.empty((NUM_FRAMES, RESOLUTION, RESOLUTION, 3), np.uint8)
+    frames = np.empty((NUM_FRAMES, resolution, resolution, 3), np.uint8)
     frames[:] = background.astype(np.uint8)
     pixels = np.rint(background + coverage * (colour - background)).astype(np.uint8)
     for n in range(NUM_FRAMES):
