@@ -270,7 +270,7 @@ def open_source(
         name: `toybox:SPLIT`, a folder, or a .jsonl or .csv manifest.
         count: how many clips of it; needed for Toybox, which has no end. None: all.
         start: number of the first clip.
-        fps: see `FolderSource`, here and below; Toybox has its own.
+        fps: see `FolderSource`, here and below; Toybox has its own, and is drawn square at multiples of 64 pixels.
         height: pixels.
         width: pixels.
         num_frames: frames from the start of each file.
@@ -284,7 +284,9 @@ def open_source(
             raise ConfigError(f"{name} has no end: say how many clips, with a count.")
         from poet.data.toybox import ToyboxSource  # scipy, which reading files does not need
 
-        return ToyboxSource(name.removeprefix("toybox:"), count, start)
+        if height != width:
+            raise ConfigError(f"{name} is drawn square, got a height of {height} and a width of {width} pixels.")
+        return ToyboxSource(name.removeprefix("toybox:"), count, start, height)
     source = FolderSource(name, fps=fps, height=height, width=width, num_frames=num_frames, sample_rate=sample_rate)
     return source if count is None and start == 0 else _Range(source, start, count)
 

@@ -19,11 +19,14 @@ from poet.model.attention import AttentionMask, SceneLayout, attend
 from poet.model.config import PoetConfig
 
 __all__ = [
+    "INITIAL_DEVIATION",
     "Backbone",
+    "FeedForward",
     "KeyValueCache",
     "LayerCache",
     "PoetTransformer",
     "RMSNorm",
+    "attention_dtype",
     "initialise",
     "rotary_angles",
     "rotate",
@@ -150,13 +153,14 @@ class Attention(nn.Module):
 class FeedForward(nn.Module):
     """SwiGLU, arXiv:2002.05202."""
 
-    def __init__(self, config: PoetConfig) -> None:
+    def __init__(self, hidden_size: int, ffn_hidden_size: int) -> None:
         super().__init__()
-        self.gate_proj = nn.Linear(config.hidden_size, config.ffn_hidden_size, bias=False)
-        self.up_proj = nn.Linear(config.hidden_size, config.ffn_hidden_size, bias=False)
-        self.down_proj = nn.Linear(config.ffn_hidden_size, config.hidden_size, bias=False)
+        self.gate_proj = nn.Linear(hidden_size, ffn_hidden_size, bias=False)
+        self.up_proj = nn.Linear(hidden_size, ffn_hidden_size, bias=False)
+        self.down_proj = nn.Linear(ffn_hidden_size, hidden_size, bias=False)
 
     def forward(self, x: Tensor) -> Tensor:
+        """(..., C) to the same."""
         out: Tensor = self.down_proj(functional.silu(self.gate_proj(x)) * self.up_proj(x))
         return out
 
@@ -167,7 +171,7 @@ class Layer(nn.Module):
     def __init__(self, config: PoetConfig) -> None:
         super().__init__()
         self.self_attn = Attention(config)
-        self.mlp = FeedForward(config)
+        self.mlp = FeedForward(config.hidden_size, config.ffn_hidden_size)
         self.input_layernorm = RMSNorm(config.hidden_size, config.norm_eps)
         self.post_attention_layernorm = RMSNorm(config.hidden_size, config.norm_eps)
 
@@ -209,7 +213,7 @@ class Backbone(nn.Module):
             positions = layout.positions()[:, start:stop]
         angles = rotary_angles(positions, self.config.head_dim, self.config.rope_theta)
         x = self.embed_tokens(ids)
-        across, within = layout.masks(_attention_dtype(x), start, stop)
+        across, within = layout.masks(attention_dtype(x), start, stop)
         for layer, block in enumerate(self.layers):
             x = block(x, angles, across if layer == 0 else within, None if cache is None else cache.layers[layer])
         hidden: Tensor = self.norm(x)
@@ -270,7 +274,7 @@ def residual_deviation(config: PoetConfig) -> float:
     return INITIAL_DEVIATION / math.sqrt(2 * config.num_layers)
 
 
-def _attention_dtype(x: Tensor) -> torch.dtype:
+def attention_dtype(x: Tensor) -> torch.dtype:
     """The dtype that the projections of `x` will have: autocast's, where it is on."""
     kind = x.device.type
     return torch.get_autocast_dtype(kind) if torch.is_autocast_enabled(kind) else x.dtype

@@ -5,19 +5,24 @@ It knows file names and parameter names; it does not know tokenizers or vocabula
 
 import json
 from pathlib import Path
+from typing import TypeVar
 
 import torch
 from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
-from torch import Tensor
+from torch import Tensor, nn
 
 from poet.errors import CheckpointError, ConfigError
 from poet.model.config import PoetConfig
+from poet.model.superresolution import Upsampler, UpsamplerConfig
 from poet.model.transformer import PoetTransformer
 
-__all__ = ["load_transformer", "save_weights"]
+__all__ = ["load_transformer", "load_upsampler", "save_upsampler", "save_weights"]
 
 WEIGHTS_FILE = "model.safetensors"
+UPSAMPLER_KIND = "poet_upsampler"
+
+M = TypeVar("M", bound=nn.Module)
 
 
 def save_weights(model: PoetTransformer, path: str | Path) -> None:
@@ -52,9 +57,69 @@ def load_transformer(
         config = PoetConfig.from_huggingface_dict(_read_json(directory / "config.json"))
     except ConfigError as error:
         raise CheckpointError(f"{directory / 'config.json'} cannot be used: {error}") from error
-    tensors = _read_tensors(directory)
     with torch.device("meta"):
         model = PoetTransformer(config)
+    return _load_strictly(model, directory, device, dtype)
+
+
+def save_upsampler(model: Upsampler, directory: str | Path, video_checksum: str, dtype: torch.dtype) -> None:
+    """Write an upsampler: config.json, which names the tokenizer of its codes, and model.safetensors.
+
+    Args:
+        model: on any device.
+        directory: made if missing.
+        video_checksum: of the video tokenizer whose codes it was trained on.
+        dtype: in which the weights are stored.
+    """
+    directory = Path(directory)
+    directory.mkdir(parents=True, exist_ok=True)
+    content = {"kind": UPSAMPLER_KIND, "config": model.config.to_dict(), "video_tokenizer": video_checksum}
+    (directory / "config.json").write_text(json.dumps(content, indent=2) + "\n", encoding="utf-8")
+    tensors = {name: tensor.detach().to("cpu", dtype).contiguous() for name, tensor in model.state_dict().items()}
+    save_file(tensors, directory / WEIGHTS_FILE, metadata={"format": "pt"})
+
+
+def load_upsampler(
+    directory: str | Path,
+    video_checksum: str,
+    *,
+    device: torch.device | str = "cpu",
+    dtype: torch.dtype = torch.float32,
+) -> Upsampler:
+    """Build the upsampler that `save_upsampler` wrote, in evaluation mode.
+
+    Args:
+        directory: usually upsampler/ of a bundle.
+        video_checksum: of the video tokenizer in use; another one's codes mean something else.
+        device: where the weights shall lie.
+        dtype: what they shall be, whatever they are stored as.
+
+    Raises:
+        CheckpointError: a file is missing or damaged, the parameters are not those of the config, or the upsampler
+            belongs to another video tokenizer.
+    """
+    directory = Path(directory)
+    content = _read_json(directory / "config.json")
+    config = content.get("config")
+    if content.get("kind") != UPSAMPLER_KIND or not isinstance(config, dict):
+        raise CheckpointError(f"{directory / 'config.json'} must describe an upsampler, it does not. Export it again.")
+    if content.get("video_tokenizer") != video_checksum:
+        raise CheckpointError(
+            f"the upsampler {directory} belongs to the video tokenizer {str(content.get('video_tokenizer'))[:12]}, "
+            f"the one in use is {video_checksum[:12]}. Put the upsampler beside the tokenizer it was trained with."
+        )
+    try:
+        settings = UpsamplerConfig.from_dict(config)
+    except (ConfigError, TypeError, ValueError) as error:
+        raise CheckpointError(f"{directory / 'config.json'} cannot be used: {error}") from error
+    with torch.device("meta"):
+        model = Upsampler(settings)
+    return _load_strictly(model, directory, device, dtype)
+
+
+def _load_strictly(model: M, directory: Path, device: torch.device | str, dtype: torch.dtype) -> M:
+    """Give a model on no device the weights of a directory, all of them and no others."""
+    tensors = _read_tensors(directory)
     expected = {name: tuple(parameter.shape) for name, parameter in model.state_dict().items()}
     found = {name: tuple(tensor.shape) for name, tensor in tensors.items()}
     if found != expected:

@@ -31,6 +31,7 @@ from poet.training.ahead import DrawnAhead
 from poet.training.guard import StepGuard
 from poet.training.loop import ExponentialMovingAverage, cosine_schedule
 from poet.training.losses import backward_from_targets, modality_means, target_losses
+from poet.training.optimizers import build_optimizers
 from poet.training.parallelism import Parallelism
 from poet.training.replicas import Replicas
 from poet.training.speed import SpeedLog
@@ -301,7 +302,15 @@ class LanguageTraining(LanguageRun):
             self.model.load_state_dict(weights)
         self.model.to(self.device)
         self.average = ExponentialMovingAverage(self.model, recipe.ema_decay)
-        self.optimizers = _optimizers(self.model, recipe)
+        matrices = [weight for weight in self.model.model.layers.parameters() if weight.ndim > 1]
+        self.optimizers = build_optimizers(
+            self.model,
+            matrices if recipe.optimizer == "muon" else [],
+            learning_rate=recipe.learning_rate,
+            muon_learning_rate=recipe.muon_learning_rate,
+            beta2=recipe.beta2,
+            weight_decay=recipe.weight_decay,
+        )
         alone = recipe.compile or self.device.type != "cpu"
         self.replicas = Replicas(self.model, 1 if alone else min(torch.get_num_threads(), recipe.batch_size))
         if recipe.compile:
@@ -400,32 +409,3 @@ class LanguageTraining(LanguageRun):
         with torch.autocast(self.device.type, dtype=torch.bfloat16, enabled=self.recipe.precision == "bf16"):
             hidden = model(inputs, layout)
             return measure(hidden, ids, loss_mask, model.logits)
-
-
-def _optimizers(model: PoetTransformer, recipe: LanguageRecipe) -> dict[str, tuple[torch.optim.Optimizer, float]]:
-    """Optimisers by name, each with its highest learning rate; between them every parameter is stepped once.
-
-    Muon orthogonalises the update of a matrix, which suits those between hidden states and not the tables of ids.
-
-    Source: Jordan et al., "Muon", 2024; its scale after Liu et al., "Muon is scalable for LLM training",
-    arXiv:2502.16982, section 2.2.
-    """
-    matrices = [weight for weight in model.model.layers.parameters() if weight.ndim > 1]
-    orthogonalised = matrices if recipe.optimizer == "muon" else []
-    taken = {id(weight) for weight in orthogonalised}
-    rest = [weight for weight in model.parameters() if id(weight) not in taken]
-    groups = [
-        {"params": [weight for weight in rest if weight.ndim > 1], "weight_decay": recipe.weight_decay},
-        {"params": [weight for weight in rest if weight.ndim == 1], "weight_decay": 0.0},
-    ]
-    adamw = torch.optim.AdamW(groups, lr=recipe.learning_rate, betas=(0.9, recipe.beta2), fused=True)
-    optimizers: dict[str, tuple[torch.optim.Optimizer, float]] = {"adamw": (adamw, recipe.learning_rate)}
-    if orthogonalised:
-        muon = torch.optim.Muon(
-            orthogonalised,
-            lr=recipe.muon_learning_rate,
-            weight_decay=recipe.weight_decay,
-            adjust_lr_fn="match_rms_adamw",
-        )
-        optimizers["muon"] = (muon, recipe.muon_learning_rate)
-    return optimizers

@@ -24,11 +24,12 @@ from poet.training.language import LanguageRecipe, LanguageTraining
 from poet.training.loop import ONE_FILE, FitResult, LoopConfig, Progress, Trainable, fit, writing
 from poet.training.plan import make_plan
 from poet.training.text_tokenizer import TextTokenizerRecipe, train_text_tokenizer
+from poet.training.upsampler import UpsamplerRecipe, UpsamplerTraining
 from poet.training.video_tokenizer import VideoTokenizerRecipe, VideoTokenizerTraining
 
 __all__ = ["KINDS", "LoopOptions", "plan", "train"]
 
-KINDS = ("video_tokenizer", "audio_tokenizer", "text_tokenizer", "tokenizer_bundle", "language")
+KINDS = ("video_tokenizer", "audio_tokenizer", "text_tokenizer", "tokenizer_bundle", "language", "upsampler")
 LAYOUT_KEYS = frozenset({"parallel"})  # what a run may go on without: it changes nothing that is learnt
 RECIPE_FILE = "recipe.yaml"
 ENDLESS = 10**9  # clips of a source that is drawn
@@ -171,6 +172,9 @@ def _build(kind: str, values: Mapping[str, Any], device: str) -> tuple[Any, Trai
             if found.samples is not None and found.sample_rate != rate:
                 raise ConfigError(f"{name} has {found.sample_rate} samples a second, codec.sample_rate is {rate}.")
         return audio, AudioTokenizerTraining(audio, functools.partial(_sound, sample_rate=rate), device)
+    if kind == "upsampler":
+        upsampler = build(UpsamplerRecipe, values)
+        return upsampler, UpsamplerTraining(upsampler, device=device)
     language = build(LanguageRecipe, values)
     return language, LanguageTraining(language, device=device)
 

@@ -29,6 +29,7 @@ from poet.data.toybox import (
 )
 from poet.data.toybox_captions import parse_caption
 from poet.errors import ConfigError
+from poet.evaluation.judge import judge
 
 SPLITS = ("train", "seen", "unseen")
 
@@ -228,3 +229,37 @@ def test_what_does_not_exist_is_refused() -> None:
     values = draw("train", 0).attributes.as_dict()
     with pytest.raises(ConfigError, match="purple"):
         Attributes(**values | {"colour": "purple"})
+
+
+@pytest.mark.parametrize("index", range(4))
+def test_a_finer_clip_is_the_same_scene_with_finer_edges(index: int) -> None:
+    coarse, fine = draw("unseen", index), draw("unseen", index, 128)
+    assert fine.caption == coarse.caption
+    assert fine.clip.frames is not None
+    assert coarse.clip.frames is not None
+    assert fine.clip.frames.shape == (17, 128, 128, 3)
+    np.testing.assert_array_equal(fine.clip.samples, coarse.clip.samples)
+    means = fine.clip.frames.reshape(17, 64, 2, 64, 2, 3).astype(float).mean((2, 4))
+    difference = np.abs(means - coarse.clip.frames)
+    # Both sample edges 4 x 4 times a pixel, the fine clip at other points: inside and outside they agree.
+    assert difference.mean() < 0.3
+    assert (difference.max(-1) < 2).mean() > 0.95
+    np.testing.assert_array_equal(draw_frames("unseen", index, 128), fine.clip.frames)
+
+
+def test_the_judge_reads_finer_clips_as_well() -> None:
+    for index in range(12):
+        clip = draw("seen", index, 128)
+        assert clip.clip.frames is not None
+        verdict = judge(clip.clip.frames, clip.clip.samples)
+        for name in ("colour", "shape", "size", "motion", "background"):
+            assert getattr(verdict, name) == getattr(clip.attributes, name), (index, name)
+
+
+def test_a_resolution_that_is_no_multiple_of_64_is_refused() -> None:
+    for resolution in (0, 32, 96):
+        with pytest.raises(ConfigError, match="multiple of 64"):
+            draw("seen", 0, resolution)
+        with pytest.raises(ConfigError, match="multiple of 64"):
+            ToyboxSource("seen", 3, resolution=resolution)
+    assert ToyboxSource("seen", 3).name != ToyboxSource("seen", 3, resolution=128).name
