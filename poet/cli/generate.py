@@ -24,6 +24,7 @@ __all__ = ["generate", "parallel_decoding"]
 DEFAULT_ENGINE = "vllm"
 GIVEN = ("image", "video", "audio")
 SAMPLING = ("temperature", "top_k", "top_p", "guidance_scale")
+REPETITION = ("repetition_penalty", "repetition_window")
 PARALLEL = ("steps", "schedule", "order", "choice_temperature")
 DECODINGS = ("autoregressive", "parallel")
 SUFFIXES = {"image": ".png", "audio": ".wav"}
@@ -50,6 +51,10 @@ def generate(
         float | None, typer.Option(help="How closely to follow the prompt; 1 asks the model once an id, others twice.")
     ] = None,
     negative_prompt: Annotated[str | None, typer.Option(help="What guidance shall move the clip away from.")] = None,
+    repetition_penalty: Annotated[
+        float | None, typer.Option(help="Above 1 makes ids that were written lately less likely; 1 is off.")
+    ] = None,
+    repetition_window: Annotated[int | None, typer.Option(help="How many of the last ids count; 0 is all.")] = None,
     decoding: Annotated[
         str | None, typer.Option(help="autoregressive (the default), or parallel: many ids at once.")
     ] = None,
@@ -89,6 +94,8 @@ def generate(
         top_k=top_k,
         top_p=top_p,
         guidance_scale=guidance_scale,
+        repetition_penalty=repetition_penalty,
+        repetition_window=repetition_window,
         decoding=decoding,
         steps=steps,
         schedule=schedule,
@@ -118,6 +125,7 @@ def generate(
     parallel = parallel_decoding(settings.decoding, **{name: getattr(settings, name) for name in PARALLEL})
     asked = {name: getattr(settings, name) for name in SAMPLING}
     sampling = {name: getattr(defaults, name) if value is None else value for name, value in asked.items()}
+    sampling |= {name: value for name in REPETITION if (value := getattr(settings, name)) is not None}
     first_seed = settings.seed if settings.seed is not None else _new_seed()
     requests = [
         ClipRequest(
@@ -172,6 +180,8 @@ class _Settings:
     top_k: int | None
     top_p: float | None
     guidance_scale: float | None
+    repetition_penalty: float | None
+    repetition_window: int | None
     decoding: str | None
     steps: int | None
     schedule: str | None
@@ -216,6 +226,8 @@ def _settings_like(path: Path, asked: _Settings, bundle: Bundle) -> tuple[_Setti
             top_k=int(facts["top_k"]),
             top_p=float(facts["top_p"]),
             guidance_scale=float(facts.get("guidance_scale", 1)),  # not said before there was guidance
+            repetition_penalty=None if "repetition_penalty" not in facts else float(facts["repetition_penalty"]),
+            repetition_window=None if "repetition_window" not in facts else int(facts["repetition_window"]),
             decoding=facts.get("decoding"),  # said of parallel decoding alone
             steps=None if "steps" not in facts else int(facts["steps"]),
             schedule=facts.get("schedule"),

@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 
 from poet.errors import ShapeError
-from poet.generation.sampling import SamplingConfig, build_generator, guide, sample
+from poet.generation.sampling import SamplingConfig, build_generator, guide, penalise, sample
 from poet.grammar import Grammar, GrammarState, max_output_length
 from poet.model.attention import SceneLayout
 from poet.model.transformer import KeyValueCache, PoetTransformer
@@ -85,6 +85,8 @@ def write_outputs(
                 scales = [configs[choosing[place]].guidance_scale for place in guided]
                 logits = logits.float()
                 logits[guided] = guide(logits[guided], steered_from, scales)
+            for place, row in enumerate(choosing):
+                penalise(logits[place], outputs[row], configs[row])
             drawn = sample(
                 logits,
                 [states[row].allowed for row in choosing],

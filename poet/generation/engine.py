@@ -92,6 +92,11 @@ def check_request(request: GenerationRequest, config: PoetConfig, *, index: int 
         ConfigError: an id outside the vocabulary, more ids than a scene holds, or a canvas that does not fit.
     """
     if request.canvas is not None:
+        if request.sampling.repetition_penalty != 1:
+            raise ConfigError(
+                f"request {index}: repetition_penalty is for ids that are written one after another; leave it out of "
+                "parallel decoding."
+            )
         try:
             Canvas(request.grammar, request.canvas, request.sampling)
         except (ConfigError, VocabularyError) as error:

@@ -356,9 +356,20 @@ class Pipeline:
             "top_k": str(sampling.top_k),
             "top_p": repr(sampling.top_p),
             "guidance_scale": repr(float(sampling.guidance_scale)),
+            **_describe_repetition(sampling),
             **_describe_decoding(request.decoding),
             "ids_sha256": hash_ids(ids),
         }
+
+
+def _describe_repetition(sampling: SamplingConfig) -> dict[str, str]:
+    """The penalty on repeated ids; nothing where there is none."""
+    if sampling.repetition_penalty == 1:
+        return {}
+    return {
+        "repetition_penalty": repr(float(sampling.repetition_penalty)),
+        "repetition_window": str(sampling.repetition_window),
+    }
 
 
 def _describe_decoding(decoding: ParallelDecoding | None) -> dict[str, str]:

@@ -13,7 +13,7 @@ from torch import Tensor
 from poet.errors import CheckpointError, ConfigError
 from poet.grammar import Allowed
 
-__all__ = ["SamplingConfig", "build_generator", "fold_seed", "guide", "keep_likeliest", "sample"]
+__all__ = ["SamplingConfig", "build_generator", "fold_seed", "guide", "keep_likeliest", "penalise", "sample"]
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -27,6 +27,9 @@ class SamplingConfig:
         seed: of this row's draws; None takes a new one every time.
         guidance_scale: how far the logits are moved away from those of a second prefix, mostly the same one without its
             text: second + scale * (first - second). 1 is off.
+        repetition_penalty: the logits of ids that were written lately are divided by it where they are above 0 and
+            multiplied by it where they are below; 1 is off. For video that has collapsed into one code.
+        repetition_window: how many of the last ids count as lately; 0 counts all of the output.
 
     Raises:
         ConfigError: a value out of its range.
@@ -37,6 +40,8 @@ class SamplingConfig:
     top_p: float = 1.0
     seed: int | None = None
     guidance_scale: float = 1.0
+    repetition_penalty: float = 1.0
+    repetition_window: int = 64
 
     def __post_init__(self) -> None:
         if not _is_number(self.temperature) or self.temperature < 0:
@@ -49,6 +54,14 @@ class SamplingConfig:
             raise ConfigError(f"seed must be a whole number in [0, 2^63), or none for a new one, got {self.seed!r}.")
         if not _is_number(self.guidance_scale) or self.guidance_scale < 0:
             raise ConfigError(f"guidance_scale must be a number of at least 0 (1 is off), got {self.guidance_scale!r}.")
+        if not _is_number(self.repetition_penalty) or self.repetition_penalty <= 0:
+            raise ConfigError(
+                f"repetition_penalty must be a number above 0 (1 is off), got {self.repetition_penalty!r}."
+            )
+        if not _is_whole(self.repetition_window) or self.repetition_window < 0:
+            raise ConfigError(
+                f"repetition_window must be a whole number of at least 0 (0 is all), got {self.repetition_window!r}."
+            )
 
     @property
     def greedy(self) -> bool:
@@ -88,6 +101,25 @@ def guide(logits: Tensor, steered_from: Tensor, scales: Sequence[float]) -> Tens
     first, second = logits.float(), steered_from.float()
     scale = torch.tensor(scales, dtype=torch.float32, device=logits.device)[:, None]
     return second + scale * (first - second)
+
+
+def penalise(logits: Tensor, written: Sequence[int], config: SamplingConfig) -> None:
+    """Make ids that were written lately less likely, in place.
+
+    Args:
+        logits: (V,) of any floating dtype, finite.
+        written: the output so far.
+        config: says how much, and how far back.
+
+    Source: Keskar et al., "CTRL", arXiv:1909.05858, section 4.1, for ids of either sign as transformers has it; with a
+    window, since the background of a picture may well come again.
+    """
+    if config.repetition_penalty == 1 or not written:
+        return
+    lately = written[-config.repetition_window :] if config.repetition_window else written
+    ids = torch.tensor(sorted(set(lately)), device=logits.device)
+    scores = logits[ids]
+    logits[ids] = torch.where(scores > 0, scores / config.repetition_penalty, scores * config.repetition_penalty)
 
 
 def sample(

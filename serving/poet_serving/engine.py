@@ -263,8 +263,11 @@ class VLLMEngine:
         from vllm.sampling_params import RequestOutputKind
 
         from poet_serving.grammar import grammar_arguments
+        from poet_serving.repetition import repetition_arguments
 
         sampling = request.sampling
+        arguments = grammar_arguments(request.grammar)
+        arguments["extra_args"] |= repetition_arguments(sampling)
         return SamplingParams(
             temperature=sampling.temperature,
             top_k=sampling.top_k,
@@ -274,7 +277,7 @@ class VLLMEngine:
             ignore_eos=True,
             detokenize=False,
             output_kind=RequestOutputKind.DELTA,
-            **grammar_arguments(request.grammar),
+            **arguments,
         )
 
     def close(self) -> None:
@@ -365,6 +368,7 @@ def _start(arguments: dict[str, Any]) -> Any:
         from poet_serving.guidance import GuidanceLogitsProcessor
         from poet_serving.maskgit import PoetForCanvas
         from poet_serving.plugin import ARCHITECTURE, CANVAS_ARCHITECTURE, register
+        from poet_serving.repetition import RepetitionLogitsProcessor
         from poet_serving.scheduler import PairScheduler
         from poet_serving.vllm_model import PoetForCausalLM
 
@@ -374,7 +378,11 @@ def _start(arguments: dict[str, Any]) -> Any:
         register()
         overrides = arguments.pop("hf_overrides", {}) | {PROMPT_LENGTHS_KEY: 1}
         if arguments.get("runner") != "pooling":
-            arguments["logits_processors"] = [GuidanceLogitsProcessor, GrammarLogitsProcessor]  # in this order
+            arguments["logits_processors"] = [
+                GuidanceLogitsProcessor,
+                RepetitionLogitsProcessor,
+                GrammarLogitsProcessor,
+            ]  # in this order
         engine_arguments = EngineArgs(
             **arguments,
             hf_overrides=overrides,

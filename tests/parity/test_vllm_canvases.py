@@ -137,6 +137,22 @@ def test_both_ways_of_writing_in_one_call(engine: VLLMEngine, reference: TorchEn
     assert_same(engine, reference, requests)
 
 
+def test_penalised_repetition_writes_the_references_ids(engine: VLLMEngine, reference: TorchEngine) -> None:
+    """One id after another, alone and in guided pairs."""
+    requests = []
+    for number in range(6):
+        plain = dataclasses.replace(guided(number) if number % 2 else request(number), canvas=None)
+        sampling = dataclasses.replace(plain.sampling, repetition_penalty=1.9, repetition_window=(0, 7, 64)[number % 3])
+        requests.append(dataclasses.replace(plain, sampling=sampling))
+    assert_same(engine, reference, requests)
+    off = {"repetition_penalty": 1.0}
+    without = [dataclasses.replace(one, sampling=dataclasses.replace(one.sampling, **off)) for one in requests]
+    changed = [one != other for one, other in zip(engine.generate(requests), engine.generate(without), strict=True)]
+    assert all(changed)
+    with pytest.raises(ConfigError, match="one after another"):
+        engine.generate([dataclasses.replace(request(0), sampling=requests[0].sampling)])
+
+
 def test_what_is_written_does_not_depend_on_what_else_is(engine: VLLMEngine) -> None:
     requests = [guided(1), request(2), request(5, SamplingConfig(seed=2))]
     assert [engine.generate([one])[0] for one in requests] == engine.generate(requests)

@@ -293,3 +293,14 @@ def test_engine_of_another_package_gets_the_bundle_and_its_options(
 def test_directory_without_a_model_is_refused(tmp_path: Path) -> None:
     with pytest.raises(CheckpointError, match=r"config\.json cannot be read"):
         load_engine("torch", tmp_path)
+
+
+def test_a_strong_penalty_keeps_every_id_from_coming_again_inside_its_window(engine: TorchEngine) -> None:
+    grammar = (Segment(60, *VOCABULARY.video_range),)
+    sampling = dataclasses.replace(GREEDY, repetition_penalty=1e6, repetition_window=9)
+    [plain] = engine.generate([GenerationRequest(prefix_ids=(1, 5), grammar=grammar, sampling=GREEDY)])
+    [varied] = engine.generate([GenerationRequest(prefix_ids=(1, 5), grammar=grammar, sampling=sampling)])
+    assert any(id in plain[max(0, place - 9) : place] for place, id in enumerate(plain))
+    # An id whose logit is far below 0 before the penalty would be taken last of all.
+    assert not any(id in varied[max(0, place - 9) : place] for place, id in enumerate(varied))
+    check_output(grammar, varied)

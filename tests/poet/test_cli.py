@@ -70,9 +70,11 @@ def test_like_makes_a_clip_again(capsys: pytest.CaptureFixture[str], bundle: Pat
     first = generate(
         capsys, bundle, "a red star", "-o", tmp_path / "one.mp4", "--temperature", 0.7, "--top-k", 9, "--top-p", 0.8,
         "--guidance-scale", 2.5, "--negative-prompt", "a blue star",
+        "--repetition-penalty", 1.4, "--repetition-window", 16,
     )  # fmt: skip
     again = generate(capsys, bundle, "--like", tmp_path / "one.mp4", "-o", tmp_path / "two.mp4")
     assert again["ids_sha256"] == first["ids_sha256"]
+    assert (again["repetition_penalty"], again["repetition_window"]) == ("1.4", "16")
     assert read_clip(tmp_path / "one.mp4").frames is not None
     assert (read_clip(tmp_path / "one.mp4").frames == read_clip(tmp_path / "two.mp4").frames).all()
 

@@ -1,5 +1,6 @@
 """Draws from known distributions: what may be drawn, how often, and that rows do not disturb each other."""
 
+import dataclasses
 import math
 from typing import Any
 
@@ -7,7 +8,7 @@ import pytest
 import torch
 
 from poet.errors import CheckpointError, ConfigError
-from poet.generation.sampling import SamplingConfig, build_generator, guide, sample
+from poet.generation.sampling import SamplingConfig, build_generator, guide, penalise, sample
 from poet.grammar import Allowed
 
 ALL = Allowed(0, 7)
@@ -154,3 +155,30 @@ def test_guidance_moves_logits_away_from_those_of_the_guide() -> None:
     assert moved.dtype == torch.float32
     assert moved.tolist() == [[5.0, 0.0], [7.0, 0.0]]
     assert guide(wanted, unwanted, [1.0, 1.0]).tolist() == wanted.tolist()
+
+
+def test_ids_written_lately_are_penalised_whatever_the_sign_of_their_logits() -> None:
+    logits = torch.tensor([4.0, -4.0, 2.0, -2.0, 0.5])
+    config = SamplingConfig(repetition_penalty=2.0, repetition_window=3)
+    penalise(logits, [4, 0, 1, 0], config)  # the first 4 is longer ago than the window
+    assert logits.tolist() == [2.0, -8.0, 2.0, -2.0, 0.5]
+    penalise(logits, [4, 3, 3, 3], dataclasses.replace(config, repetition_window=0))
+    assert logits.tolist() == [2.0, -8.0, 2.0, -4.0, 0.25]
+    before = logits.clone()
+    penalise(logits, [], config)
+    penalise(logits, [0, 1], SamplingConfig())
+    assert torch.equal(logits, before)
+
+
+@pytest.mark.parametrize(
+    "wrong",
+    [
+        {"repetition_penalty": 0.0},
+        {"repetition_penalty": math.nan},
+        {"repetition_window": -1},
+        {"repetition_window": 2.0},
+    ],
+)
+def test_a_penalty_that_cannot_be_used_is_refused(wrong: dict[str, float]) -> None:
+    with pytest.raises(ConfigError, match=next(iter(wrong))):
+        SamplingConfig(**wrong)  # type: ignore[arg-type]
