@@ -28,6 +28,7 @@ from poet.tasks import DEFAULT_TASK, ClipGeometry, get_task
 from poet.vocabulary import Vocabulary
 
 if TYPE_CHECKING:
+    from poet.model.superresolution import Upsampler
     from poet_tokenizers.base import AudioTokenizer, TextTokenizer, VideoTokenizer
 
 __all__ = [
@@ -325,6 +326,33 @@ class Bundle:
         """The directory of the super-resolution model, if the bundle has one."""
         directory = self.path / UPSAMPLER_DIRECTORY
         return directory if directory.is_dir() else None
+
+    def load_upsampler(self, device: str = "cpu") -> Upsampler:
+        """Load the super-resolution model.
+
+        Raises:
+            ConfigError: the bundle has none.
+            CheckpointError: it is damaged, or belongs to another video tokenizer.
+        """
+        if self.upsampler is None:
+            raise ConfigError(
+                f"the bundle {self.path} has no upsampler: it cannot write larger pictures. Train one (train: "
+                f"upsampler) and put its export there as {UPSAMPLER_DIRECTORY}/, or leave upsampling out."
+            )
+        from poet.model.weights import load_upsampler  # torch, which most users of a bundle need not load
+
+        return load_upsampler(self.upsampler, str(self.vocabulary.tokenizers["video"]["checksum"]), device=device)
+
+    @cached_property
+    def upsampler_sha256(self) -> str:
+        """sha256 in hex of the upsampler's weights; "" without one."""
+        if self.upsampler is None:
+            return ""
+        file = self.upsampler / WEIGHTS_FILE
+        try:
+            return hashlib.sha256(file.read_bytes()).hexdigest()
+        except OSError as error:
+            raise CheckpointError(f"{file} cannot be read: {error.strerror}. Copy the bundle whole.") from error
 
     def geometry(
         self,

@@ -38,6 +38,7 @@ __all__ = [
     "tiny_shards",
     "tiny_specs",
     "tiny_tokenizer_bundle",
+    "tiny_upsampler",
     "tiny_vocabulary",
 ]
 
@@ -266,6 +267,27 @@ def tiny_shards(
     name = f"tiny?seed={seed}"
     with ShardWriter(directory, fingerprint=vocabulary.fingerprint, source=name, source_length=count) as writer:
         writer.write(clips, count)
+    return directory
+
+
+def tiny_upsampler(bundle: Bundle, directory: Path, *, seed: int = 0) -> Path:
+    """Write an untrained upsampler for the bundle's video codes, usually into its upsampler/."""
+    import torch
+
+    from poet.model.superresolution import Upsampler, UpsamplerConfig
+    from poet.model.weights import save_upsampler
+
+    torch.manual_seed(seed)
+    config = UpsamplerConfig(
+        codebook_size=bundle.vocabulary.video_codebook_size,
+        num_text_pieces=bundle.vocabulary.text_vocab_size,
+        hidden_size=32,
+        ffn_hidden_size=48,
+        num_layers=2,
+        num_heads=2,
+    )
+    checksum = str(bundle.vocabulary.tokenizers["video"]["checksum"])
+    save_upsampler(Upsampler(config), directory, checksum, torch.float32)
     return directory
 
 

@@ -36,7 +36,9 @@ def encode(
     from poet.bundle import Bundle, default_bundle
     from poet.data.clips import open_source
     from poet.data.encode import encode_source
+    from poet.model.device import parse_device
 
+    parse_device(device)
     bundle = Bundle.open(default_bundle() if model is None else model, require_model=False)
     size = bundle.generation_config
     clips = open_source(

@@ -7,7 +7,7 @@ from typing import Annotated
 
 import typer
 
-from poet.cli.generate import parallel_decoding
+from poet.cli.generate import parallel_decoding, upsampling
 from poet.cli.output import progress, show_lines, show_result
 from poet.errors import ConfigError
 
@@ -34,6 +34,9 @@ def evaluate(
     choice_temperature: Annotated[
         float | None, typer.Option(help="Of parallel decoding: noise on which places are kept.")
     ] = None,
+    upsample: Annotated[bool, typer.Option(help="Judge pictures of twice the size.")] = False,
+    upsample_steps: Annotated[int | None, typer.Option(help="Of upsampling: forward passes.")] = None,
+    upsample_temperature: Annotated[float | None, typer.Option(help="Of upsampling: 0 takes the likeliest.")] = None,
     engine: Annotated[str, typer.Option(help="vllm, or torch (the reference).")] = "vllm",
     json: Annotated[bool, typer.Option("--json", help="Print the result as one JSON object.")] = False,
 ) -> None:
@@ -57,6 +60,7 @@ def evaluate(
         parallel = parallel_decoding(
             decoding, steps=steps, schedule=schedule, order=order, choice_temperature=choice_temperature
         )
+        larger = upsampling(upsample, steps=upsample_steps, temperature=upsample_temperature)
         with progress("evaluating") as advance:
             measured = generation(
                 bundle,
@@ -69,6 +73,7 @@ def evaluate(
                 engine=engine,
                 sampling=sampling,
                 decoding=parallel,
+                upsampling=larger,
                 progress=advance,
             )
     if json:

@@ -16,10 +16,11 @@ from poet.errors import ConfigError, MediaError
 if TYPE_CHECKING:
     from poet.bundle import Bundle
     from poet.generation.canvas import ParallelDecoding
+    from poet.generation.upsample import Upsampling
     from poet.media import Clip
     from poet.tasks import Task
 
-__all__ = ["generate", "parallel_decoding"]
+__all__ = ["generate", "parallel_decoding", "upsampling"]
 
 DEFAULT_ENGINE = "vllm"
 GIVEN = ("image", "video", "audio")
@@ -66,6 +67,9 @@ def generate(
     choice_temperature: Annotated[
         float | None, typer.Option(help="Of parallel decoding: noise on which places are kept; 0 keeps the surest.")
     ] = None,
+    upsample: Annotated[bool | None, typer.Option(help="Write the picture in twice the size.")] = None,
+    upsample_steps: Annotated[int | None, typer.Option(help="Of upsampling: forward passes.")] = None,
+    upsample_temperature: Annotated[float | None, typer.Option(help="Of upsampling: 0 takes the likeliest.")] = None,
     engine: Annotated[str | None, typer.Option(help="vllm (the default), or torch (the reference).")] = None,
     num_samples: Annotated[int, typer.Option(min=1, help="Clips to write, with seeds counted up.")] = 1,
     like: Annotated[
@@ -101,6 +105,9 @@ def generate(
         schedule=schedule,
         order=order,
         choice_temperature=choice_temperature,
+        upsample=upsample,
+        upsample_steps=upsample_steps,
+        upsample_temperature=upsample_temperature,
         engine=engine,
     )
     if image is not None and video is not None:
@@ -123,6 +130,7 @@ def generate(
     from poet.generation.sampling import SamplingConfig
 
     parallel = parallel_decoding(settings.decoding, **{name: getattr(settings, name) for name in PARALLEL})
+    larger = upsampling(settings.upsample, steps=settings.upsample_steps, temperature=settings.upsample_temperature)
     asked = {name: getattr(settings, name) for name in SAMPLING}
     sampling = {name: getattr(defaults, name) if value is None else value for name, value in asked.items()}
     sampling |= {name: value for name in REPETITION if (value := getattr(settings, name)) is not None}
@@ -135,6 +143,7 @@ def generate(
             negative_text=settings.negative_prompt,
             sampling=SamplingConfig(**sampling, seed=first_seed + number),
             decoding=parallel,
+            upsampling=larger,
         )
         for number in range(num_samples)
     ]
@@ -187,6 +196,9 @@ class _Settings:
     schedule: str | None
     order: str | None
     choice_temperature: float | None
+    upsample: bool | None
+    upsample_steps: int | None
+    upsample_temperature: float | None
     engine: str | None
 
     def sources(self) -> dict[str, str]:
@@ -233,6 +245,9 @@ def _settings_like(path: Path, asked: _Settings, bundle: Bundle) -> tuple[_Setti
             schedule=facts.get("schedule"),
             order=facts.get("order"),
             choice_temperature=None if "choice_temperature" not in facts else float(facts["choice_temperature"]),
+            upsample=True if "upsample_steps" in facts else None,
+            upsample_steps=None if "upsample_steps" not in facts else int(facts["upsample_steps"]),
+            upsample_temperature=None if "upsample_steps" not in facts else float(facts["upsample_temperature"]),
             engine=facts["engine"],
         )
         given = {
@@ -246,6 +261,8 @@ def _settings_like(path: Path, asked: _Settings, bundle: Bundle) -> tuple[_Setti
         ) from error
     found: dict[str, Any] = {kind: _find_given(path, kind, *known, said.get(kind)) for kind, known in given.items()}
     made = dataclasses.replace(made, **found)
+    if said.get("upsample") is False:
+        made = dataclasses.replace(made, upsample_steps=None, upsample_temperature=None)
     if said.get("decoding", made.decoding) != "parallel":
         made = dataclasses.replace(made, **dict.fromkeys(PARALLEL))
     settings = dataclasses.replace(made, **said)
@@ -287,6 +304,11 @@ def _check_bundle(path: Path, facts: Mapping[str, str], bundle: Bundle) -> None:
         raise ConfigError(
             f"{made_with} of the fingerprint {facts.get('fingerprint', '')[:12]!r}, {bundle.path} has the fingerprint "
             f"{bundle.fingerprint[:12]!r}. Name that bundle with --model."
+        )
+    if facts.get("upsampler_sha256", bundle.upsampler_sha256) != bundle.upsampler_sha256:
+        raise ConfigError(
+            f"{made_with} and the upsampler {facts['upsampler_sha256'][:12]!r}, {bundle.path} has "
+            f"{bundle.upsampler_sha256[:12] or 'none'!r} (sha256). Name that bundle with --model, or say --no-upsample."
         )
     if facts.get("weights_sha256", bundle.weights_sha256) != bundle.weights_sha256:
         raise ConfigError(
@@ -391,6 +413,24 @@ def parallel_decoding(
     from poet.generation.canvas import ParallelDecoding
 
     return ParallelDecoding(**said)  # type: ignore[arg-type]
+
+
+def upsampling(upsample: bool | None, *, steps: int | None, temperature: float | None) -> Upsampling | None:
+    """What the options of upsampling ask for; None for a picture as it was written.
+
+    Raises:
+        ConfigError: a value that cannot be used, or an option of upsampling without it.
+    """
+    said = {
+        name: value for name, value in {"num_steps": steps, "temperature": temperature}.items() if value is not None
+    }
+    if not upsample:
+        if said:
+            raise ConfigError("--upsample-steps and --upsample-temperature are options of upsampling: add --upsample.")
+        return None
+    from poet.generation.upsample import Upsampling
+
+    return Upsampling(**said)  # type: ignore[arg-type]
 
 
 def _new_seed() -> int:

@@ -25,6 +25,7 @@ from poet.generation.canvas import ParallelDecoding
 from poet.generation.engine import load_engine
 from poet.generation.pipeline import ClipRequest, Pipeline
 from poet.generation.sampling import SamplingConfig
+from poet.generation.upsample import Upsampling
 from poet.media import Clip
 from poet.tasks import Task, get_task
 
@@ -64,6 +65,7 @@ def generation(
     engine: str,
     sampling: Mapping[str, float | int | None],
     decoding: ParallelDecoding | None = None,
+    upsampling: Upsampling | None = None,
     progress: Advance,
 ) -> Measured:
     """Generate a clip for the caption of each drawn clip and judge whether it is what the caption says.
@@ -79,6 +81,7 @@ def generation(
         engine: its name.
         sampling: temperature, top_k, top_p and guidance_scale; None takes the bundle's own.
         decoding: how to write many ids at once; None writes one after another.
+        upsampling: how to make the pictures larger; None leaves them as they are.
         progress: called with (done, in all, what is done).
 
     Returns:
@@ -117,6 +120,7 @@ def generation(
                     clip=_given(row, clip, pipeline),
                     sampling=SamplingConfig(**settings, seed=seed + number),
                     decoding=decoding,
+                    upsampling=upsampling,
                 )
                 for number, clip in enumerate(drawn)
             ]
@@ -134,6 +138,10 @@ def generation(
     about |= {"weights": weights[:12], "task": task, "engine": engine, **settings, "first seed": seed}
     if decoding is not None:
         about |= {"decoding": "parallel", **dataclasses.asdict(decoding)}
+    if upsampling is not None:
+        about |= {
+            f"upsampling {name}": value for name, value in dataclasses.asdict(upsampling).items() if name != "seed"
+        }
     results = Results(
         title=f"Clips generated for {count} captions a split",
         about=about,

@@ -25,7 +25,9 @@ from poet.errors import ConfigError
 from poet.generation.canvas import ParallelDecoding, plan_canvas
 from poet.generation.engine import Engine, GenerationRequest
 from poet.generation.sampling import SamplingConfig
+from poet.generation.upsample import Upsampling, upsample_codes
 from poet.media import Clip
+from poet.model.superresolution import Upsampler
 from poet.sequence import Scene, output_grammar, pack_prefix, unpack
 from poet.tasks import ClipParts, Task, get_task
 
@@ -49,6 +51,8 @@ class ClipRequest:
         sampling: how ids are drawn; without a seed a new one is drawn and recorded. Its guidance moves away from the
             same request without its text, so it does nothing where there is no text.
         decoding: how to write many ids at once; None writes one after another.
+        upsampling: how to write the picture's codes again in a larger size, with the bundle's upsampler; None leaves
+            them as they are. Its seed is the request's.
     """
 
     task: str
@@ -57,6 +61,7 @@ class ClipRequest:
     negative_text: str | None = None
     sampling: SamplingConfig = dataclasses.field(default_factory=SamplingConfig)
     decoding: ParallelDecoding | None = None
+    upsampling: Upsampling | None = None
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -103,6 +108,7 @@ class Pipeline:
         self.text_tokenizer = bundle.text_tokenizer
         self.video_tokenizer = bundle.load_video_tokenizer(device)
         self.audio_tokenizer = bundle.load_audio_tokenizer(device)
+        self._upsampler: Upsampler | None = None
 
     def generate(
         self, requests: Sequence[ClipRequest], progress: Callable[[int, int], None] | None = None
@@ -131,7 +137,7 @@ class Pipeline:
             for item, scene in zip(prepared, scenes, strict=True)
         ]
         joined = [item.task.join_clip(part) for item, part in zip(prepared, parts, strict=True)]
-        frames = self._decode_video([video for video, _ in joined])
+        frames = self._decode_video(self._upsample(prepared, [video for video, _ in joined]))
         samples = self._decode_audio([audio for _, audio in joined])
         results = []
         for item, ids, scene, picture, sound in zip(prepared, outputs, scenes, frames, samples, strict=True):
@@ -153,6 +159,8 @@ class Pipeline:
         self.bundle.check_trained(task.name)
         if request.decoding is not None:
             self.bundle.check_parallel()
+        if request.upsampling is not None:
+            self._check_upsampling(task)
         clip = request.clip
         task.check_inputs(_given_kinds(task, request))
         if request.sampling.seed is None:
@@ -279,6 +287,44 @@ class Pipeline:
         stride = self.geometry.temporal_stride
         return 1 + (num_frames - 1) // stride * stride
 
+    def _check_upsampling(self, task: Task) -> None:
+        if not task.writes_video or task.conditioning == "first_frames":
+            raise ConfigError(
+                f"task {task.name} cannot be upsampled: upsampling is for tasks that write the whole picture. Leave it "
+                "out."
+            )
+        if self._upsampler is None:
+            self._upsampler = self.bundle.load_upsampler(self.device)
+
+    def _upsample(
+        self, prepared: Sequence[_Prepared], codes: Sequence[NDArray[np.int64] | None]
+    ) -> list[NDArray[np.int64] | None]:
+        """The codes of the larger size for those clips that ask for it; clips of one shape go together."""
+        results = list(codes)
+        groups: dict[tuple[int, ...], list[int]] = defaultdict(list)
+        for place, (item, low) in enumerate(zip(prepared, codes, strict=True)):
+            if item.request.upsampling is not None and low is not None:
+                groups[low.shape].append(place)
+        for group in groups.values():
+            assert self._upsampler is not None
+            for start in range(0, len(group), 8):
+                chosen = group[start : start + 8]
+                texts = [
+                    () if (text := prepared[place].request.text) is None else self._encode_text(text)
+                    for place in chosen
+                ]
+                settings = [
+                    dataclasses.replace(upsampling, seed=prepared[place].request.sampling.seed or 0)
+                    for place in chosen
+                    if (upsampling := prepared[place].request.upsampling) is not None
+                ]
+                low_codes = [low for place in chosen if (low := codes[place]) is not None]
+                for place, high in zip(
+                    chosen, upsample_codes(self._upsampler, low_codes, texts, settings), strict=True
+                ):
+                    results[place] = high
+        return results
+
     def _decode_video(self, codes: Sequence[NDArray[np.int64] | None]) -> list[NDArray[np.uint8] | None]:
         """Codes (T, h, w) of each clip to frames (N, H, W, 3) uint8; clips of one shape are decoded together."""
         results: list[NDArray[np.uint8] | None] = [None] * len(codes)
@@ -290,7 +336,10 @@ class Pipeline:
             for start in range(0, len(group), 16):
                 chosen = group[start : start + 16]
                 batch = torch.from_numpy(np.stack([item for _, item in chosen])).to(self.device)
-                video = self.video_tokenizer.decode(batch)[..., : self.geometry.height, : self.geometry.width]
+                # A tokenizer pads what its stride does not divide; an upsampled picture is as many times larger.
+                scale = batch.shape[2] // self.geometry.latent_shape[1]
+                height, width = (scale * size for size in self.geometry.resolution)
+                video = self.video_tokenizer.decode(batch)[..., :height, :width]
                 pixels = ((video + 1) * 127.5).round().clamp(0, 255).to(torch.uint8)
                 for (place, _), clip in zip(chosen, pixels.permute(0, 2, 3, 4, 1).cpu().numpy(), strict=True):
                     results[place] = clip
@@ -358,7 +407,18 @@ class Pipeline:
             "guidance_scale": repr(float(sampling.guidance_scale)),
             **_describe_repetition(sampling),
             **_describe_decoding(request.decoding),
+            **self._describe_upsampling(request.upsampling),
             "ids_sha256": hash_ids(ids),
+        }
+
+    def _describe_upsampling(self, upsampling: Upsampling | None) -> dict[str, str]:
+        """What says how the picture was made larger; nothing where it was not."""
+        if upsampling is None:
+            return {}
+        return {
+            "upsampler_sha256": self.bundle.upsampler_sha256,
+            "upsample_steps": str(upsampling.num_steps),
+            "upsample_temperature": repr(float(upsampling.temperature)),
         }
 
 

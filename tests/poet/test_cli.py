@@ -9,12 +9,13 @@ import subprocess
 import sys
 from pathlib import Path
 
+import numpy as np
 import pytest
 
 from poet.bundle import Bundle
 from poet.cli.main import main
 from poet.media import probe, read_clip
-from poet.testing import tiny_bundle
+from poet.testing import tiny_bundle, tiny_upsampler
 
 DATA = Path(__file__).parents[1] / "data"
 RECIPES = Path(__file__).parents[2] / "recipes"
@@ -141,6 +142,37 @@ def test_parallel_decoding_is_asked_for_recorded_and_done_again(
         assert code == 1
         assert words in err
     assert not (tmp_path / "no.mp4").exists()
+
+
+def test_upsampling_is_asked_for_recorded_and_done_again(capsys: pytest.CaptureFixture[str], tmp_path: Path) -> None:
+    made = tiny_bundle(tmp_path / "tiny")
+    tiny_upsampler(made, made.path / "upsampler")
+    first, again, small = (tmp_path / f"{name}.mp4" for name in ("first", "again", "small"))
+    said = generate(
+        capsys, made.path, "a star", "--seed", 5, "--upsample", "--upsample-steps", 4,
+        "--upsample-temperature", 0.5, "-o", first,
+    )  # fmt: skip
+    assert (said["upsample_steps"], said["upsample_temperature"]) == ("4", "0.5")
+    generate(capsys, made.path, "--like", first, "-o", again)
+    one, other = read_clip(first).frames, read_clip(again).frames
+    assert one is not None
+    assert other is not None
+    np.testing.assert_array_equal(one, other)
+    plain = generate(capsys, made.path, "--like", first, "--no-upsample", "-o", small)
+    assert "upsample_steps" not in plain
+    assert plain["ids_sha256"] == said["ids_sha256"]
+    smaller = read_clip(small).frames
+    assert smaller is not None
+    assert one.shape[1:3] == (2 * smaller.shape[1], 2 * smaller.shape[2])
+    tiny_upsampler(made, made.path / "upsampler", seed=1)
+    for options, words in (
+        (("--like", first), "the upsampler"),
+        (("a star", "--upsample-steps", 3), "add --upsample"),
+        (("a star", "--upsample", "--upsample-steps", 0), "step"),
+    ):
+        code, _, err = run(capsys, "generate", "--model", made.path, "--engine", "torch", "-o", again, *options)
+        assert code == 1
+        assert words in err
 
 
 def test_no_metadata_leaves_it_out_and_like_then_says_so(

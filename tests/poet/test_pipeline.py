@@ -1,5 +1,6 @@
 """The pipeline with an engine that needs no model: what is given, what is asked for, and how a clip is put together."""
 
+import dataclasses
 import json
 from collections.abc import Callable, Sequence
 from pathlib import Path
@@ -13,10 +14,11 @@ from poet.generation.canvas import ParallelDecoding
 from poet.generation.engine import GenerationRequest
 from poet.generation.pipeline import ClipRequest, Pipeline
 from poet.generation.sampling import SamplingConfig
+from poet.generation.upsample import Upsampling
 from poet.media import Clip
 from poet.sequence import GrammarState, unpack, unpack_prefix
 from poet.tasks import TASKS
-from poet.testing import tiny_bundle
+from poet.testing import tiny_bundle, tiny_upsampler
 
 
 class DiceEngine:
@@ -202,6 +204,47 @@ def test_parallel_decoding_writes_a_clip_of_every_task_that_writes_no_text(tmp_p
     engine.requests.clear()
     with pytest.raises(ConfigError, match="writes a text"):
         pipeline.generate([requests[0], ClipRequest(task="captioning", clip=clips[0].clip, decoding=decoding)])
+    assert engine.requests == []
+
+
+def test_upsampling_writes_the_same_clip_in_twice_the_size(tmp_path: Path) -> None:
+    made = tiny_bundle(tmp_path / "tiny")
+    pipeline, engine = make(made)
+    larger = Upsampling(num_steps=3)
+    asked = ClipRequest(task="text_to_video_audio", text="a star", sampling=SamplingConfig(seed=3), upsampling=larger)
+    with pytest.raises(ConfigError, match="has no upsampler"):
+        pipeline.generate([asked])
+    assert engine.requests == []
+    tiny_upsampler(made, made.path / "upsampler")
+    pipeline, engine = make(Bundle.open(made.path))
+    height, width = pipeline.geometry.resolution
+    requests = [
+        asked,
+        dataclasses.replace(asked, upsampling=None),
+        ClipRequest(task="image_to_video", clip=given(pipeline, 1), upsampling=larger),
+        dataclasses.replace(asked, task="text_to_image", upsampling=larger),
+    ]
+    clips = pipeline.generate(requests)
+    for clip, request in zip(clips, requests, strict=True):
+        assert clip.clip is not None
+        assert clip.clip.frames is not None
+        scale = 1 if request.upsampling is None else 2
+        assert clip.clip.frames.shape[1:3] == (scale * height, scale * width)
+    assert clips[0].ids == clips[1].ids
+    assert clips[0].metadata["upsample_steps"] == "3"
+    assert len(clips[0].metadata["upsampler_sha256"]) == 64
+    assert "upsample_steps" not in clips[1].metadata
+    [again] = pipeline.generate([asked])
+    assert again.clip is not None
+    assert clips[0].clip is not None
+    assert again.clip.frames is not None
+    assert clips[0].clip.frames is not None
+    assert abs(again.clip.frames.astype(int) - clips[0].clip.frames).max() <= 1  # rounding of a batch
+    engine.requests.clear()
+    continued = ClipRequest(task="video_continuation", clip=given(pipeline, 5), upsampling=larger)
+    for bad in (continued, ClipRequest(task="text_to_audio", text="a", upsampling=larger)):
+        with pytest.raises(ConfigError, match="cannot be upsampled"):
+            pipeline.generate([asked, bad])
     assert engine.requests == []
 
 
