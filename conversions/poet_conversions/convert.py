@@ -71,6 +71,11 @@ def convert(source: Path, target: Path, *, bundle: Path | None = None, which: fi
     if target.exists():
         raise CheckpointError(f"{target} is there already and would be written over. Name another directory.")
     checkpoint = find_checkpoint(source)
+    if checkpoint is None and not (source / "vocabulary.json").is_file():
+        raise CheckpointError(
+            f"{source} must be a bundle, a Megatron checkpoint or a training run of several processes, and is none of "
+            "them."
+        )
     if checkpoint is None:
         found = Bundle.open(source)
         files.write_weights(target, load_transformer(source).state_dict(), _about(found))

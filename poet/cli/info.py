@@ -163,4 +163,4 @@ def _number(text: str) -> float | int | str:
 
 
 def _megabytes(num_bytes: int) -> float:
-    return round(num_bytes / 1e6, 1)
+    return round(num_bytes / 1e6, 1 if num_bytes >= 1e6 else 3)

@@ -29,6 +29,9 @@ from poet.errors import ConfigError, PoetError
 
 __all__ = ["build_app", "main"]
 
+# What `poet --help` says of our own commands in other packages, which it does not load.
+OWN_PLUGINS = {"poet_conversions.cli:convert": "Convert a bundle to a Megatron checkpoint, or the other way."}
+
 EXIT_ERROR, EXIT_INTERRUPTED = 1, 130
 
 
@@ -53,7 +56,8 @@ def build_app() -> typer.Typer:
         app.command(cls=_own(namesakes))(_with_messages(command))
     for entry in plugins:
         if entry.name not in names:
-            app.command(name=entry.name, cls=_plugin(entry), help=f"Plugin {entry.value}.")(_nothing)
+            about = OWN_PLUGINS.get(entry.value, f"Plugin {entry.value}.")
+            app.command(name=entry.name, cls=_plugin(entry), help=about)(_nothing)
     return app
 
 

@@ -37,8 +37,12 @@ def train(
     gpus: Annotated[
         int | None, typer.Option(min=1, help="For --plan: how many; one copy of the model if left out.")
     ] = None,
-    row_length: Annotated[int, typer.Option(min=1, help="For --plan: ids of a row.")] = 2048,
-    ids: Annotated[float, typer.Option(min=1, help="For --plan: ids of the whole run.")] = 1e9,
+    row_length: Annotated[
+        int | None, typer.Option(min=1, help="For --plan: ids of a row; the recipe's longest scene when left out.")
+    ] = None,
+    ids: Annotated[
+        float | None, typer.Option(min=1, help="For --plan: ids of the run; the recipe's own when left out.")
+    ] = None,
     mfu: Annotated[
         float, typer.Option(min=0.01, max=1.0, help="For --plan: share of the GPU's peak to count on.")
     ] = 0.4,
@@ -51,7 +55,10 @@ def train(
         show_result(make_plan(recipe, set_ or [], gpu=gpu, gpus=gpus, row_length=row_length, ids=ids, mfu=mfu), json)
         return
     if nproc is not None and "WORLD_SIZE" not in os.environ:
-        _launch(nproc)
+        from poet.training.recipes import check_parallel
+
+        check_parallel(recipe, set_ or [], device=device, processes=nproc)
+        _in_processes(nproc)
     from poet.training.recipes import train as train_recipe
 
     directory = Path("runs") / recipe.stem if output is None else output
@@ -77,14 +84,14 @@ def train(
     show_result(facts, json)
 
 
-def _launch(nproc: int) -> NoReturn:
-    """Become `torchrun`, which starts this command again in every process and hands signals on."""
-    launcher = [sys.executable, "-m", "torch.distributed.run", "--standalone", f"--nproc-per-node={nproc}"]
-    os.environ.setdefault("OMP_NUM_THREADS", "1")
-    os.environ.setdefault("CUDA_DEVICE_MAX_CONNECTIONS", "1")
-    os.environ.setdefault("TORCH_ELASTIC_SHUTDOWN_TIMEOUT", "600")  # seconds that a signalled run has to save
-    # Behind the bars, so that the launcher does not take our options for its own.
-    os.execv(sys.executable, [*launcher, "-m", "--", "poet.cli.main", *sys.argv[1:]])
+def _in_processes(nproc: int) -> NoReturn:
+    """Start this command again in every process, and end as they end."""
+    from poet.training.launch import launch
+
+    status = launch("poet.cli.main", sys.argv[1:], nproc)
+    if status:
+        note("stopped by a signal; the same command goes on from the last checkpoint")
+    raise typer.Exit(status)
 
 
 def _shown(metrics: Mapping[str, float]) -> list[str]:

@@ -36,7 +36,7 @@ from poet.training.parallelism import Parallelism
 from poet.training.replicas import Replicas
 from poet.training.speed import SpeedLog
 
-__all__ = ["LanguageRecipe", "LanguageRun", "LanguageTraining", "ModelSize", "TaskPhase"]
+__all__ = ["LanguageRecipe", "LanguageRun", "LanguageTraining", "ModelSize", "TaskPhase", "check_trainable"]
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -154,6 +154,21 @@ class LanguageRecipe:
                 "spike_ratio must be above 1 and max_skipped_steps not negative, got "
                 f"{self.spike_ratio!r} and {self.max_skipped_steps!r}."
             )
+
+
+def check_trainable(recipe: LanguageRecipe) -> None:
+    """Raise unless Megatron's trainer can train a recipe.
+
+    Raises:
+        ConfigError: it asks for what only the reference has.
+    """
+    if recipe.optimizer != "adamw":
+        raise ConfigError(
+            f"optimizer must be 'adamw' with Megatron, got {recipe.optimizer!r}: orthogonalising a matrix that is "
+            "cut among processes is not here yet. Train with the reference, or set optimizer to adamw."
+        )
+    if recipe.compile:
+        raise ConfigError("compile must be false with Megatron, got true.")
 
 
 class LanguageRun:

@@ -16,7 +16,7 @@ import os
 import signal
 import time
 from collections.abc import Callable, Iterator, Mapping
-from contextlib import closing, contextmanager
+from contextlib import closing, contextmanager, nullcontext
 from pathlib import Path
 from typing import Any, Final, Protocol
 
@@ -25,6 +25,7 @@ from safetensors import SafetensorError
 from torch import Tensor, nn
 
 from poet.errors import CheckpointError, ConfigError, PoetError
+from poet.training.processes import alone_in
 
 __all__ = [
     "Checkpoints",
@@ -214,11 +215,27 @@ def fit(
     Raises:
         CheckpointError: the checkpoint cannot be read or belongs to another run, the disk is full, or a metric is not
             finite. The last checkpoint is kept.
+        ConfigError: another process is training in `directory`.
     """
     started = time.monotonic()
     checkpoints = _OneFile(directory) if checkpoints is None else checkpoints
     with writing(directory):
         directory.mkdir(parents=True, exist_ok=True)
+        alone = alone_in(directory) if checkpoints.leads else nullcontext()
+    with alone:
+        return _fit(trainable, config, directory, checkpoints, speed, progress, started)
+
+
+def _fit(
+    trainable: Trainable,
+    config: LoopConfig,
+    directory: Path,
+    checkpoints: Checkpoints,
+    speed: Speed | None,
+    progress: Progress | None,
+    started: float,
+) -> FitResult:
+    with writing(directory):
         step, pending, metrics_bytes = _resume(trainable, checkpoints)
         log = _MetricsLog(directory / "metrics.jsonl", pending, metrics_bytes, writes=checkpoints.leads)
     saved_at, newest = time.monotonic(), log.read_newest()

@@ -7,7 +7,6 @@ meanwhile goes on from the one before. What is in it is `poet.training.megatron_
 from __future__ import annotations
 
 import contextlib
-import ctypes
 import multiprocessing
 import os
 import shutil
@@ -27,6 +26,7 @@ from torch.distributed.checkpoint.api import CheckpointException
 
 from poet.errors import CheckpointError, ConfigError, PoetError
 from poet.training.loop import ONE_FILE, Trainable
+from poet.training.processes import end_with_parent
 
 __all__ = [
     "FOLDER",
@@ -38,7 +38,6 @@ __all__ = [
 
 FOLDER: Final = "checkpoints"
 KEPT: Final = 2
-_SET_PARENT_DEATH_SIGNAL: Final = 1  # prctl's PR_SET_PDEATHSIG
 _MANAGERS: Final[list[SyncManager]] = []  # one at most; it ends when nobody holds it any more
 
 
@@ -187,9 +186,7 @@ def _end_with_parent(parent: int) -> None:
     """Ask Linux to end this process when its parent ends, however that comes."""
     signal.signal(signal.SIGINT, signal.SIG_IGN)  # the parent goes on until its step is saved
     signal.signal(signal.SIGTERM, signal.SIG_IGN)
-    ctypes.CDLL(None).prctl(_SET_PARENT_DEATH_SIGNAL, signal.SIGKILL)
-    if os.getppid() != parent:  # it has ended meanwhile
-        os._exit(0)
+    end_with_parent(parent, signal.SIGKILL)
 
 
 @contextlib.contextmanager

@@ -41,7 +41,7 @@ from poet.model.transformer import PoetTransformer
 from poet.training import megatron_keymap
 from poet.training.ahead import DrawnAhead
 from poet.training.heartbeats import Heartbeats
-from poet.training.language import LanguageRecipe, LanguageRun
+from poet.training.language import LanguageRecipe, LanguageRun, check_trainable
 from poet.training.loop import FitResult, LoopConfig, Progress, fit, lerp_averages
 from poet.training.megatron_checkpoints import DistributedCheckpoints
 from poet.training.megatron_cpu import cpu_for_cuda
@@ -111,12 +111,7 @@ def process_groups(parallelism: Parallelism, device: str) -> Iterator[None]:
             if not on_cpu:
                 torch.cuda.set_device(_own_gpu(device))
             distributed.init_process_group("gloo" if on_cpu else "cpu:gloo,cuda:nccl")
-        world = distributed.get_world_size()
-        if world % parallelism.model_parallel_size:
-            raise ConfigError(
-                f"the number of processes must be a multiple of tensor_parallel_size * pipeline_parallel_size = "
-                f"{parallelism.model_parallel_size}, got {world}."
-            )
+        parallelism.rows_each(0, distributed.get_world_size())
         parallel_state.initialize_model_parallel(parallelism.tensor_parallel_size, parallelism.pipeline_parallel_size)
         try:
             yield
@@ -150,17 +145,11 @@ class MegatronTraining(LanguageRun):
 
     def __init__(self, recipe: LanguageRecipe, *, device: str | torch.device = "cpu") -> None:
         super().__init__(recipe, device)
-        if recipe.optimizer != "adamw":
-            raise ConfigError(
-                f"optimizer must be 'adamw' with Megatron, got {recipe.optimizer!r}: orthogonalising a matrix that is "
-                "cut among processes is not here yet. Train with the reference, or set optimizer to adamw."
-            )
-        if recipe.compile:
-            raise ConfigError("compile must be false with Megatron, got true.")
+        check_trainable(recipe)
         cut = recipe.parallel
         self.dp_rank = parallel_state.get_data_parallel_rank()
         self.dp_size = parallel_state.get_data_parallel_world_size()
-        self.rows = self._rows_each()
+        self.rows = cut.rows_each(recipe.batch_size, distributed.get_world_size())
         self.micro_batch_size = cut.micro_batch_size or self.rows
         bf16 = recipe.precision == "bf16" and self.device.type == "cuda"
         self.transformer_config = to_transformer_config(self.config, cut, bf16=bf16)
@@ -291,16 +280,6 @@ class MegatronTraining(LanguageRun):
             return losses.sum(), torch.tensor(len(losses), dtype=torch.int, device=losses.device), {"sums": sums}
 
         return model(inputs, page, loss_mask, ids), reduce
-
-    def _rows_each(self) -> int:
-        """Rows of a step that this process takes."""
-        size, micro = self.recipe.batch_size, self.recipe.parallel.micro_batch_size or 1
-        if size % (self.dp_size * micro):
-            raise ConfigError(
-                f"batch_size must be a multiple of the {self.dp_size} data-parallel processes times micro_batch_size "
-                f"{micro}, got {size}."
-            )
-        return size // self.dp_size
 
     @contextlib.contextmanager
     def _averaged(self) -> Iterator[None]:

@@ -69,6 +69,29 @@ class Parallelism:
         """Processes that hold one copy of the model."""
         return self.tensor_parallel_size * self.pipeline_parallel_size
 
+    def rows_each(self, batch_size: int, processes: int) -> int:
+        """Rows of a step that each data-parallel process takes.
+
+        Args:
+            batch_size: rows of a step.
+            processes: that share the work.
+
+        Raises:
+            ConfigError: processes or rows that do not divide.
+        """
+        if processes < 1 or processes % self.model_parallel_size:
+            raise ConfigError(
+                f"the number of processes must be a multiple of tensor_parallel_size * pipeline_parallel_size = "
+                f"{self.model_parallel_size}, got {processes}."
+            )
+        copies, micro = processes // self.model_parallel_size, self.micro_batch_size or 1
+        if batch_size % (copies * micro):
+            raise ConfigError(
+                f"batch_size must be a multiple of the {copies} data-parallel processes times micro_batch_size "
+                f"{micro}, got {batch_size}."
+            )
+        return batch_size // copies
+
     def check_fits(self, config: PoetConfig) -> None:
         """Raise unless the model can be cut so.
 

@@ -55,6 +55,7 @@ class Plan:
         gpus: that share the work, and of them `data_parallel` with a copy of the model each.
         memory: of one GPU.
         gpu_memory: that it has.
+        row_length: ids of a row.
         ids: of the whole run.
         gpu_hours: at the share of the peak that was assumed.
     """
@@ -66,6 +67,7 @@ class Plan:
     data_parallel: int
     memory: Memory
     gpu_memory: float
+    row_length: int
     ids: float
     gpu_hours: float
 
@@ -86,8 +88,10 @@ class Plan:
             "memory_gb": {name: round(value / 1e9, 3) for name, value in {**parts, "total": self.memory.total}.items()},
             "gpu_memory_gb": round(self.gpu_memory / 1e9, 1),
             "fits": self.fits,
+            "row_length": self.row_length,
             "ids": self.ids,
             "gpu_hours": round(self.gpu_hours, 1),
+            "hours": round(self.gpu_hours / self.gpus, 1),
         }
 
 
@@ -152,6 +156,7 @@ def make_plan(
         data_parallel=data_parallel,
         memory=max(memories, key=lambda memory: memory.total),
         gpu_memory=gpu_memory,
+        row_length=row_length,
         ids=ids,
         gpu_hours=ids * flops / (peak * mfu) / 3600,
     )

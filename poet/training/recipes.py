@@ -5,12 +5,15 @@ from __future__ import annotations
 import dataclasses
 import functools
 import os
+import signal
 import time
+import warnings
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 import numpy as np
+import torch
 import yaml
 from numpy.typing import NDArray
 
@@ -20,14 +23,16 @@ from poet.errors import CheckpointError, ConfigError
 from poet.model.device import parse_device
 from poet.training.audio_tokenizer import AudioTokenizerRecipe, AudioTokenizerTraining
 from poet.training.config import build, read_recipe, to_plain, write_recipe
-from poet.training.language import LanguageRecipe, LanguageTraining
+from poet.training.language import LanguageRecipe, LanguageRun, LanguageTraining, check_trainable
+from poet.training.launch import LAUNCHER
 from poet.training.loop import ONE_FILE, FitResult, LoopConfig, Progress, Trainable, fit, writing
 from poet.training.plan import make_plan
+from poet.training.processes import end_with_parent
 from poet.training.text_tokenizer import TextTokenizerRecipe, train_text_tokenizer
 from poet.training.upsampler import UpsamplerRecipe, UpsamplerTraining
 from poet.training.video_tokenizer import VideoTokenizerRecipe, VideoTokenizerTraining
 
-__all__ = ["KINDS", "LoopOptions", "plan", "train"]
+__all__ = ["KINDS", "LoopOptions", "check_parallel", "plan", "train"]
 
 KINDS = ("video_tokenizer", "audio_tokenizer", "text_tokenizer", "tokenizer_bundle", "language", "upsampler")
 LAYOUT_KEYS = frozenset({"parallel"})  # what a run may go on without: it changes nothing that is learnt
@@ -99,12 +104,17 @@ def train(
     if launched and kind != "language":
         raise ConfigError(f"several processes can train a recipe of 'language' only, got {kind!r}. Leave --nproc out.")
     if launched:
+        if launcher := os.environ.get(LAUNCHER):
+            end_with_parent(int(launcher), signal.SIGTERM)  # which saves and ends; nobody else is left to stop it
         language = build(LanguageRecipe, values)
         if os.environ.get("RANK", "0") == "0":
             _keep_recipe(kind, language, directory)
         loop = LoopConfig(num_steps=language.num_steps, **dataclasses.asdict(options))
         # Only here: Megatron takes seconds to import, and whoever trains alone need not have it.
-        from poet.training.megatron_trainer import train_with_megatron
+        with warnings.catch_warnings():
+            # Nobody can act on these: what Megatron would do with packages that Poet does without.
+            warnings.filterwarnings("ignore", message="(Transformer Engine|Apex|full scope is deprecated)")
+            from poet.training.megatron_trainer import train_with_megatron
 
         return train_with_megatron(language, loop, directory, device=device, progress=progress)
     settings, trainable = _build(kind, values, device)
@@ -114,14 +124,42 @@ def train(
     return fit(trainable, loop, directory, speed=speed, progress=progress)
 
 
+def check_parallel(recipe: Path, overrides: Sequence[str], *, device: str, processes: int) -> None:
+    """Raise what training in several processes would, before any is started.
+
+    Args:
+        recipe: a YAML file.
+        overrides: "key=value" each.
+        device: "cpu" or "cuda".
+        processes: on this machine.
+
+    Raises:
+        ConfigError: the recipe cannot be trained so, or there are not so many GPUs.
+        CheckpointError: its bundle or shards are missing, damaged or of another vocabulary.
+    """
+    values = read_recipe(recipe, overrides)
+    if (kind := values.pop("train", None)) != "language":
+        raise ConfigError(f"several processes can train a recipe of 'language' only, got {kind!r}. Leave --nproc out.")
+    build(LoopOptions, values.pop("loop", {}), "loop")
+    language = build(LanguageRecipe, values)
+    if parse_device(device).type == "cuda" and torch.cuda.device_count() < processes:
+        raise ConfigError(
+            f"every process must have a GPU, got {processes} processes and {torch.cuda.device_count()} GPUs. Start "
+            "fewer processes."
+        )
+    check_trainable(language)
+    language.parallel.rows_each(language.batch_size, processes)
+    language.parallel.check_fits(LanguageRun(language, "cpu").config)
+
+
 def plan(
     recipe: Path,
     overrides: Sequence[str],
     *,
     gpu: str,
     gpus: int | None,
-    row_length: int,
-    ids: float,
+    row_length: int | None,
+    ids: float | None,
     mfu: float,
 ) -> dict[str, Any]:
     """Say what a recipe of a language model needs, without training.
@@ -131,8 +169,8 @@ def plan(
         overrides: "key=value" each.
         gpu: a name in `poet.training.plan.GPUS`.
         gpus: that share the work; None takes one copy of the model.
-        row_length: ids of a row.
-        ids: of the whole run.
+        row_length: ids of a row; None takes the longest that the recipe's scenes may have.
+        ids: of the whole run; None takes the recipe's steps with full rows.
         mfu: share of the GPU's peak that is counted on.
 
     Raises:
@@ -145,14 +183,20 @@ def plan(
     values.pop("loop", None)
     language = build(LanguageRecipe, values)
     vocabulary = Bundle.open(language.bundle, require_model=False).vocabulary
+    length = language.model.scene_length if row_length is None else row_length
+    if length > language.model.max_position_embeddings:
+        raise ConfigError(
+            f"a row must have at most max_position_embeddings, {language.model.max_position_embeddings} ids, "
+            f"got {length}."
+        )
     return make_plan(
         language.model.to_config(vocabulary.padded_vocab_size),
         language.parallel,
-        gpu=gpu,
+        gpu=gpu.lower(),
         gpus=language.parallel.model_parallel_size if gpus is None else gpus,
         batch_size=language.batch_size,
-        row_length=row_length,
-        ids=ids,
+        row_length=length,
+        ids=float(language.num_steps * language.batch_size * length) if ids is None else ids,
         bf16=language.precision == "bf16",
         mfu=mfu,
     ).to_dict()

@@ -83,7 +83,7 @@ def test_info_of_shards_tells_what_the_manifest_holds_and_whether_it_is_complete
         "fingerprint": Bundle.open(bundle).fingerprint,
         "files": 2,
         "settings": manifest.settings,
-        "megabytes": round(size / 1e6, 1),
+        "megabytes": round(size / 1e6, 3),
     }
     stopped = dataclasses.replace(manifest, shards=manifest.shards[:1], skipped=())
     (tmp_path / "shards" / "manifest.json").write_text(stopped.to_json())

@@ -15,6 +15,7 @@ from poet.training.config import apply_overrides, build, read_recipe, to_plain, 
 from poet.training.language import LanguageRecipe
 from poet.training.recipes import LoopOptions, TokenizerBundleRecipe
 from poet.training.text_tokenizer import TextTokenizerRecipe
+from poet.training.upsampler import UpsamplerRecipe
 from poet.training.video_tokenizer import VideoTokenizerRecipe
 
 
@@ -219,6 +220,7 @@ SETTINGS = {
     "text_tokenizer": TextTokenizerRecipe,
     "tokenizer_bundle": TokenizerBundleRecipe,
     "language": LanguageRecipe,
+    "upsampler": UpsamplerRecipe,
 }
 
 

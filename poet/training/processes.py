@@ -1,0 +1,61 @@
+"""What keeps processes of a run apart and together: one run in a directory, and none without its parent.
+
+Knows processes and files, not what runs.
+"""
+
+from __future__ import annotations
+
+import ctypes
+import errno
+import fcntl
+import os
+import signal
+import sys
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Final
+
+from poet.errors import ConfigError
+
+__all__ = ["alone_in", "end_with_parent"]
+
+_SET_PARENT_DEATH_SIGNAL: Final = 1  # prctl's PR_SET_PDEATHSIG
+
+
+@contextmanager
+def alone_in(directory: Path) -> Iterator[None]:
+    """Keep other runs out of a directory for as long as this process lives, however it ends.
+
+    A file system without locks keeps nobody out.
+
+    Raises:
+        ConfigError: another run is in it.
+    """
+    lock = os.open(directory, os.O_RDONLY)
+    try:
+        try:
+            fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except OSError as error:
+            if error.errno in (errno.EAGAIN, errno.EACCES):
+                raise ConfigError(
+                    f"{directory} is being trained in by another process. Wait for it or stop it, or name another "
+                    "directory with -o."
+                ) from error
+        yield
+    finally:
+        os.close(lock)
+
+
+def end_with_parent(parent: int, number: signal.Signals) -> None:
+    """Ask for a signal to this process when its parent is gone, however that ended. Linux alone; elsewhere nothing.
+
+    Args:
+        parent: its process id; if it is gone already, the signal comes at once.
+        number: the signal.
+    """
+    if not sys.platform.startswith("linux"):
+        return
+    ctypes.CDLL(None).prctl(_SET_PARENT_DEATH_SIGNAL, number)
+    if os.getppid() != parent:
+        os.kill(os.getpid(), number)
