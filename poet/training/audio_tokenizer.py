@@ -16,7 +16,7 @@ import math
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import numpy as np
 import torch
@@ -78,6 +78,7 @@ class AudioTokenizerRecipe:
         commitment_weight: of the distance between latents and codes.
         exported_levels: levels that the finished tokenizer keeps; 0 for all.
         precision: "fp32" or "bf16" (autocast of the codec's layers; losses stay in fp32).
+        decoder_dtype: in which the finished tokenizer stores its decoder: "float32" or "float16".
         validation_clips: whole clips to measure on.
         seed: of everything drawn.
     """
@@ -114,6 +115,7 @@ class AudioTokenizerRecipe:
     commitment_weight: float = 1.0
     exported_levels: int = 0
     precision: str = "fp32"
+    decoder_dtype: Literal["float32", "float16"] = "float32"
     validation_clips: int = 64
     seed: int = 0
 
@@ -294,7 +296,8 @@ class AudioTokenizerTraining:
         """Write the codec with averaged weights and the levels that the recipe keeps."""
         codec = self.average.module
         assert isinstance(codec, EncodecTokenizer)
-        codec.with_num_codebooks(self.recipe.exported_levels or self.recipe.codec.num_codebooks).save(directory)
+        kept = codec.with_num_codebooks(self.recipe.exported_levels or self.recipe.codec.num_codebooks)
+        kept.save(directory, getattr(torch, self.recipe.decoder_dtype))
 
     def _adversarial(
         self, target: Tensor, output: Tensor, losses: dict[str, Tensor], rng: np.random.Generator

@@ -21,6 +21,7 @@ from poet.errors import ConfigError
 __all__ = ["alone_in", "end_with_parent"]
 
 _SET_PARENT_DEATH_SIGNAL: Final = 1  # prctl's PR_SET_PDEATHSIG
+_LOCKS: Final[set[int]] = set()
 
 
 @contextmanager
@@ -33,6 +34,7 @@ def alone_in(directory: Path) -> Iterator[None]:
         ConfigError: another run is in it.
     """
     lock = os.open(directory, os.O_RDONLY)
+    _LOCKS.add(lock)
     try:
         try:
             fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
@@ -44,7 +46,18 @@ def alone_in(directory: Path) -> Iterator[None]:
                 ) from error
         yield
     finally:
+        _LOCKS.discard(lock)
         os.close(lock)
+
+
+def _forget_locks() -> None:
+    """In a fork: whoever writes a checkpoint behind the training must not hold the lock of a run that was killed."""
+    for lock in _LOCKS:
+        os.close(lock)
+    _LOCKS.clear()
+
+
+os.register_at_fork(after_in_child=_forget_locks)
 
 
 def end_with_parent(parent: int, number: signal.Signals) -> None:

@@ -86,6 +86,7 @@ class VideoTokenizerRecipe:
         discriminator_channels: its width.
         gradient_clip: largest norm of the gradient.
         precision: "bf16" (autocast) or "fp32".
+        decoder_dtype: in which the finished tokenizer stores its decoder: "float32" or "float16".
         compile: whether to compile encoder and decoder.
         seed: of the weights.
     """
@@ -123,6 +124,7 @@ class VideoTokenizerRecipe:
     discriminator_channels: int = 64
     gradient_clip: float = 1.0
     precision: Literal["bf16", "fp32"] = "bf16"
+    decoder_dtype: Literal["float32", "float16"] = "float32"
     compile: bool = False
     seed: int = 0
 
@@ -279,7 +281,7 @@ class VideoTokenizerTraining:
     def export(self, directory: Path) -> None:
         """Write the tokenizer with the averaged weights."""
         assert isinstance(self.average.module, MagViT2)
-        self.average.module.save(directory)
+        self.average.module.save(directory, getattr(torch, self.recipe.decoder_dtype))
 
     def _quantizer_loss(self, quantized: Quantized, step: int) -> Tensor:
         recipe = self.recipe

@@ -79,6 +79,25 @@ def test_a_directory_has_one_run_at_a_time(tmp_path: Path) -> None:
         pass
 
 
+def test_a_fork_does_not_keep_the_lock_of_a_run_that_is_gone(tmp_path: Path) -> None:
+    (told, tell), (waiting, go_on) = os.pipe(), os.pipe()
+    with alone_in(tmp_path):
+        child = os.fork()
+        if child == 0:
+            os.close(go_on)
+            os.write(tell, b"here")
+            os.read(waiting, 1)  # until the parent closes its end
+            os._exit(0)
+        assert os.read(told, 4) == b"here"
+    try:
+        with alone_in(tmp_path):
+            pass
+    finally:
+        for end in (told, tell, waiting, go_on):
+            os.close(end)
+        os.waitpid(child, 0)
+
+
 def start(recipe: Path, run: Path) -> subprocess.Popen[str]:
     environment = {name: value for name, value in os.environ.items() if name not in ("RANK", "WORLD_SIZE")}
     command = [sys.executable, "-m", "poet.cli.main", "train", str(recipe), "-o", str(run), "--nproc", "2"]

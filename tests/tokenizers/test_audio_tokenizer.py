@@ -184,6 +184,24 @@ def test_a_decoder_may_have_a_shape_of_its_own_and_changes_no_code(tokenizer: En
         tokenizer.with_new_decoder(dataclasses.replace(config, latent_size=SMALL.latent_size + 1))
 
 
+def test_a_decoder_may_be_stored_in_half_the_bytes_and_the_codes_stay(
+    tokenizer: EncodecTokenizer, tmp_path: Path
+) -> None:
+    whole, half = copy.deepcopy(tokenizer), copy.deepcopy(tokenizer)
+    whole.save(tmp_path / "whole")
+    half.save(tmp_path / "half", torch.float16)
+    loaded = EncodecTokenizer.load(tmp_path / "half")
+    assert loaded.spec == whole.spec
+    waveform = _waveform()
+    codes = whole.encode(waveform)
+    assert torch.equal(loaded.encode(waveform), codes)
+    assert torch.equal(loaded.decode(codes), half.decode(codes))
+    assert not torch.equal(loaded.decode(codes), whole.decode(codes))
+    torch.testing.assert_close(loaded.decode(codes), whole.decode(codes), atol=1e-2, rtol=1e-2)
+    sizes = [(tmp_path / name / "model.safetensors").stat().st_size for name in ("half", "whole")]
+    assert sizes[0] < 0.85 * sizes[1]
+
+
 def test_a_configuration_from_before_decoders_had_keys_of_their_own_is_read() -> None:
     values = dataclasses.asdict(SMALL)
     for name in ("decoder_num_filters", "decoder_residual_layers", "decoder_lstm_layers"):

@@ -278,6 +278,23 @@ def test_a_saved_tokenizer_comes_back_the_same(model: MagViT2, tmp_path: Path) -
     assert again.spec == loaded.spec
 
 
+def test_a_decoder_may_be_stored_in_half_and_the_codes_stay(tmp_path: Path) -> None:
+    torch.manual_seed(0)
+    whole = MagViT2(PATCHED).eval()
+    whole.save(tmp_path / "whole")
+    half = MagViT2.load(tmp_path / "whole")
+    half.save(tmp_path / "half", torch.float16)
+    loaded = MagViT2.load(tmp_path / "half")
+    assert loaded.spec == whole.spec
+    video = torch.rand(1, 3, 5, 16, 16) * 2 - 1
+    codes = whole.encode(video)
+    assert torch.equal(loaded.encode(video), codes)
+    assert torch.equal(loaded.decode(codes), half.decode(codes))
+    torch.testing.assert_close(loaded.decode(codes), whole.decode(codes), atol=1e-2, rtol=1e-2)
+    sizes = [(tmp_path / name / "model.safetensors").stat().st_size for name in ("half", "whole")]
+    assert sizes[0] < 0.85 * sizes[1]
+
+
 @pytest.fixture
 def saved(tmp_path: Path) -> Path:
     torch.manual_seed(0)

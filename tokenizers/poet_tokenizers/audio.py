@@ -304,11 +304,19 @@ class EncodecTokenizer(nn.Module):
             name: tensor for name, tensor in self.state_dict().items() if name.rsplit(".", 1)[-1] not in _TRAINING_ONLY
         }
 
-    def save(self, directory: str | Path) -> None:
-        """Write `config.json` and `model.safetensors`; the tokenizer has a checksum from then on."""
+    def save(self, directory: str | Path, decoder_dtype: torch.dtype = torch.float32) -> None:
+        """Write `config.json` and `model.safetensors`; the tokenizer has a checksum from then on.
+
+        Args:
+            directory: made if missing.
+            decoder_dtype: in which the decoder's weights are stored. They are rounded to it here too, so that what is
+                saved is what is in memory; encoder and codebooks stay as they are.
+        """
         directory = Path(directory)
+        stored = checkpoint.with_stored_decoder(self.final_tensors(), decoder_dtype)
+        checkpoint.write_tensors(directory, stored)
+        self.load_state_dict(stored, strict=False)
         tensors = self.final_tensors()
-        checkpoint.write_tensors(directory, tensors)
         self.checksum = checkpoint.codes_checksum(tensors)
         config = dataclasses.asdict(self.config) | {"ratios": list(self.config.ratios)}
         spec = dataclasses.asdict(self.spec)

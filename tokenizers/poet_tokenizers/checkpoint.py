@@ -18,6 +18,7 @@ from poet_tokenizers.errors import CheckpointError
 
 if TYPE_CHECKING:
     from torch import Tensor, nn
+    from torch import dtype as torch_dtype
 
 __all__ = [
     "CONFIG_FILE",
@@ -29,6 +30,7 @@ __all__ = [
     "read_description",
     "read_tensors",
     "weights_checksum",
+    "with_stored_decoder",
     "write_description",
     "write_tensors",
 ]
@@ -114,6 +116,14 @@ def write_tensors(directory: Path, tensors: Mapping[str, Tensor]) -> None:
         {name: tensor.detach().to("cpu").clone().contiguous() for name, tensor in tensors.items()},
         directory / WEIGHTS_FILE,
     )
+
+
+def with_stored_decoder(tensors: Mapping[str, Tensor], dtype: torch_dtype) -> dict[str, Tensor]:
+    """The tensors as they are stored: those of the module `decoder` in another dtype, all others as they are.
+
+    Encoder and codebooks decide codes and are never rounded; a decoder's weights may be.
+    """
+    return {name: tensor.to(dtype) if name.startswith("decoder.") else tensor for name, tensor in tensors.items()}
 
 
 def read_tensors(directory: Path) -> dict[str, Tensor]:

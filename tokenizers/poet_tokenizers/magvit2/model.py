@@ -29,6 +29,7 @@ from poet_tokenizers.checkpoint import (
     read_description,
     read_tensors,
     weights_checksum,
+    with_stored_decoder,
     write_description,
     write_tensors,
 )
@@ -239,11 +240,19 @@ class MagViT2(nn.Module):
             memory.first_chunk = False
             yield video
 
-    def save(self, directory: Path) -> None:
-        """Write `config.json` and `model.safetensors`; the checksum of what decides the codes goes into the spec."""
+    def save(self, directory: Path, decoder_dtype: torch.dtype = torch.float32) -> None:
+        """Write `config.json` and `model.safetensors`; the checksum of what decides the codes goes into the spec.
+
+        Args:
+            directory: made if missing.
+            decoder_dtype: in which the decoder's weights are stored. They are rounded to it here too, so that what is
+                saved is what is in memory; the encoder stays as it is.
+        """
+        stored = with_stored_decoder(self.state_dict(), decoder_dtype)
+        write_tensors(directory, stored)
+        self.load_state_dict(stored)
         weights = self.state_dict()
         self._checksum = codes_checksum(weights)
-        write_tensors(directory, weights)
         spec = dataclasses.asdict(self.spec)
         write_description(directory, KIND, self.config.to_dict(), spec, weights_checksum(weights))
 
@@ -259,8 +268,8 @@ class MagViT2(nn.Module):
             model = cls(MagViT2Config.from_dict(description["config"]))
         except (ConfigError, TypeError) as error:
             raise CheckpointError(f"{directory / CONFIG_FILE}: {error}") from error
-        weights = read_tensors(directory)
-        load_strictly(model, weights, model.state_dict(), directory / WEIGHTS_FILE)
+        load_strictly(model, read_tensors(directory), model.state_dict(), directory / WEIGHTS_FILE)
+        weights = model.state_dict()  # a decoder that is stored in half is whole in memory
         model._checksum = codes_checksum(weights)
         check_spec(directory, description["spec"], dataclasses.asdict(model.spec))
         check_weights(directory, description, weights)
