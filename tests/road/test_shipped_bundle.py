@@ -52,7 +52,14 @@ def test_the_video_codec_keeps_at_least_28_dB_on_unseen_clips(reconstruction: Re
 def test_the_codecs_keep_what_is_seen_and_heard(reconstruction: ReconstructionReport) -> None:
     """The model card holds 98 % to 200 clips; of these 48 a little less is asked."""
     kept = [reconstruction.agreement[name] for name in ATTRIBUTES]
-    assert sum(one.after for one in kept) >= 0.965 * sum(one.before for one in kept), reconstruction.agreement
+    assert sum(one.after for one in kept) >= 0.97 * sum(one.before for one in kept), reconstruction.agreement
+
+
+def test_the_audio_codec_keeps_timbre_and_pitch_of_unseen_clips(reconstruction: ReconstructionReport) -> None:
+    """98 and 100 % of 200 clips; of these two errors are allowed."""
+    for name in ("timbre", "pitch"):
+        one = reconstruction.agreement[name]
+        assert one.after >= one.before - 2, (name, one)
 
 
 def test_codes_are_used_and_not_collapsed(reconstruction: ReconstructionReport) -> None:
