@@ -32,7 +32,9 @@ class ParallelDecoding:
         order: whole, picture and sound on one canvas; parts, the picture and then each level of the sound, coarse to
             fine; frames, each latent frame with the earlier ones fixed, and then each level. Steps are shared out by
             the number of places.
-        choice_temperature: of the noise on confidences.
+        choice_temperature: of the noise on confidences. So high that the order is nearly random by default: the surest
+            places of a picture are its background, and a canvas that is filled surest first has no room left for what
+            should stand before it.
 
     Raises:
         ConfigError: a value that cannot be used.
@@ -41,7 +43,7 @@ class ParallelDecoding:
     num_steps: int = 16
     schedule: Schedule = "cosine"
     order: Order = "whole"
-    choice_temperature: float = 1.0
+    choice_temperature: float = 100.0
 
     def __post_init__(self) -> None:
         whole = isinstance(self.num_steps, int) and not isinstance(self.num_steps, bool)
