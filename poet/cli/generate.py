@@ -221,6 +221,8 @@ def _settings_like(path: Path, asked: _Settings, bundle: Bundle) -> tuple[_Setti
     facts = probe(path).metadata
     if "task" not in facts or "seed" not in facts:
         raise ConfigError(f"{path} does not say what made it: Poet wrote no metadata into it, or it was removed since.")
+    if asked.upsample is not False:
+        _check_upsampler(path, facts, bundle)
     _check_bundle(path, facts, bundle)
     said = {name: value for name, value in vars(asked).items() if value is not None}
     # Either one takes the place of what the clip went on from.
@@ -305,15 +307,25 @@ def _check_bundle(path: Path, facts: Mapping[str, str], bundle: Bundle) -> None:
             f"{made_with} of the fingerprint {facts.get('fingerprint', '')[:12]!r}, {bundle.path} has the fingerprint "
             f"{bundle.fingerprint[:12]!r}. Name that bundle with --model."
         )
-    if facts.get("upsampler_sha256", bundle.upsampler_sha256) != bundle.upsampler_sha256:
-        raise ConfigError(
-            f"{made_with} and the upsampler {facts['upsampler_sha256'][:12]!r}, {bundle.path} has "
-            f"{bundle.upsampler_sha256[:12] or 'none'!r} (sha256). Name that bundle with --model, or say --no-upsample."
-        )
     if facts.get("weights_sha256", bundle.weights_sha256) != bundle.weights_sha256:
         raise ConfigError(
             f"{made_with} of the weights {facts['weights_sha256'][:12]!r}, {bundle.path} has the weights "
             f"{bundle.weights_sha256[:12]!r} (sha256) on the same tokenizers. Name that bundle with --model."
+        )
+
+
+def _check_upsampler(path: Path, facts: Mapping[str, str], bundle: Bundle) -> None:
+    """Refuse another upsampler, or settings of one that the command line does not have."""
+    if facts.get("upsampler_sha256", bundle.upsampler_sha256) != bundle.upsampler_sha256:
+        raise ConfigError(
+            f"{path} was made with the upsampler {facts['upsampler_sha256'][:12]!r}, {bundle.path} has "
+            f"{bundle.upsampler_sha256[:12] or 'none'!r} (sha256). Name that bundle with --model, or say --no-upsample."
+        )
+    known = {"upsampler_sha256", "upsample_steps", "upsample_temperature"}
+    if others := sorted(name for name in facts if name.startswith("upsample") and name not in known):
+        raise ConfigError(
+            f"{path} was upsampled with {', '.join(others)}, for which there are no options. Make it again from "
+            "Python, or say --no-upsample."
         )
 
 

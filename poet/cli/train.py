@@ -3,8 +3,7 @@
 from __future__ import annotations
 
 import os
-import sys
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Annotated, Any, NoReturn
 
@@ -58,7 +57,9 @@ def train(
         from poet.training.recipes import check_parallel
 
         check_parallel(recipe, set_ or [], device=device, processes=nproc)
-        _in_processes(nproc)
+        own = [str(recipe), "--device", device, *(["--json"] if json else [])]
+        own += [] if output is None else ["-o", str(output)]
+        _in_processes(nproc, [*own, *(part for value in set_ or [] for part in ("--set", value))])
     from poet.training.recipes import train as train_recipe
 
     directory = Path("runs") / recipe.stem if output is None else output
@@ -84,11 +85,11 @@ def train(
     show_result(facts, json)
 
 
-def _in_processes(nproc: int) -> NoReturn:
+def _in_processes(nproc: int, arguments: Sequence[str]) -> NoReturn:
     """Start this command again in every process, and end as they end."""
     from poet.training.launch import launch
 
-    status = launch("poet.cli.main", sys.argv[1:], nproc)
+    status = launch("poet.cli.main", ["train", *arguments], nproc)
     if status:
         note("stopped by a signal; the same command goes on from the last checkpoint")
     raise typer.Exit(status)

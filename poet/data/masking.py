@@ -94,21 +94,21 @@ def _some(places: Places, share: float, rng: np.random.Generator) -> Places:
 
 def _block(video: Places | None, audio: Places | None, rng: np.random.Generator) -> list[Places]:
     """A box of the video and the same stretch of time of the sound; sometimes one of the two alone."""
-    start, stop = _stretch(1.0, rng)
+    start, stop = _stretch(rng)
     alone = rng.random()
     parts = []
     if video is not None and (audio is None or alone > 0.25):
-        rows, columns = (slice(*_whole(*_stretch(1.0, rng), size)) for size in video.shape[1:])
+        rows, columns = (slice(*_whole(*_stretch(rng), size)) for size in video.shape[1:])
         parts.append(video[slice(*_whole(start, stop, len(video))), rows, columns])
     if audio is not None and (video is None or alone < 0.75):
         parts.append(audio[:, slice(*_whole(start, stop, audio.shape[1]))])
     return parts
 
 
-def _stretch(length: float, rng: np.random.Generator) -> tuple[float, float]:
-    """A stretch of [0, length) that is a quarter of it or longer."""
-    size = rng.uniform(0.25, 1.0) * length
-    start = rng.uniform(0.0, length - size)
+def _stretch(rng: np.random.Generator) -> tuple[float, float]:
+    """A stretch of [0, 1) that is a quarter of it or longer."""
+    size = rng.uniform(0.25, 1.0)
+    start = rng.uniform(0.0, 1.0 - size)
     return start, start + size
 
 

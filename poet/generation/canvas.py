@@ -11,7 +11,7 @@ import dataclasses
 from typing import Final, Literal, get_args
 
 from poet.errors import ConfigError
-from poet.generation.maskgit import CanvasPlan, Schedule, Stage
+from poet.generation.maskgit import CanvasPlan, Schedule, Stage, check_steps
 from poet.sequence import output_places
 from poet.tasks import Task
 from poet.vocabulary import Vocabulary
@@ -46,9 +46,7 @@ class ParallelDecoding:
     choice_temperature: float = 100.0
 
     def __post_init__(self) -> None:
-        whole = isinstance(self.num_steps, int) and not isinstance(self.num_steps, bool)
-        if not whole or self.num_steps < 1:
-            raise ConfigError(f"the number of steps must be a whole number of at least 1, got {self.num_steps!r}.")
+        check_steps(self.num_steps)
         if self.order not in ORDERS:
             raise ConfigError(f"order must be one of {', '.join(ORDERS)}, got {self.order!r}.")
         # The rest is checked where it is used; a plan of one place finds what is wrong at once.

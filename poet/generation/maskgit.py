@@ -40,6 +40,7 @@ __all__ = [
     "CanvasPlan",
     "Schedule",
     "Stage",
+    "check_steps",
     "draw_places",
     "fill_canvases",
     "step_generator",
@@ -49,6 +50,16 @@ __all__ = [
 Schedule = Literal["cosine", "linear", "square"]
 SCHEDULES: Final[tuple[str, ...]] = get_args(Schedule)
 UNKNOWN: Final = -1
+
+
+def check_steps(num_steps: int) -> None:
+    """Raise unless a canvas can be filled in so many steps.
+
+    Raises:
+        ConfigError: it is no whole number of at least 1.
+    """
+    if not isinstance(num_steps, int) or isinstance(num_steps, bool) or num_steps < 1:
+        raise ConfigError(f"the number of steps must be a whole number of at least 1, got {num_steps!r}.")
 
 
 @dataclasses.dataclass(frozen=True, slots=True)
@@ -64,8 +75,9 @@ class Stage:
     num_steps: int
 
     def __post_init__(self) -> None:
-        if not 0 <= self.start < self.stop or self.num_steps < 1:
-            raise ConfigError(f"a stage must have 0 <= start < stop and at least one step, got {self}.")
+        check_steps(self.num_steps)
+        if not 0 <= self.start < self.stop:
+            raise ConfigError(f"a stage must have 0 <= start < stop, got {self.start} and {self.stop}.")
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -95,7 +107,10 @@ class CanvasPlan:
     def __post_init__(self) -> None:
         ends = [0, *(stage.stop for stage in self.stages)]
         if not self.stages or any(stage.start < end for stage, end in zip(self.stages, ends[:-1], strict=True)):
-            raise ConfigError(f"stages must be one or more, ascending and apart, got {self.stages}.")
+            raise ConfigError(
+                f"stages must be one or more, ascending and apart, got {self.stages}. Make them with "
+                "poet.generation.canvas.plan_canvas()."
+            )
         if self.schedule not in SCHEDULES:
             raise ConfigError(f"schedule must be one of {', '.join(SCHEDULES)}, got {self.schedule!r}.")
         if not 0 <= self.choice_temperature < math.inf:
@@ -103,7 +118,7 @@ class CanvasPlan:
                 f"choice_temperature must be a number of at least 0 (0 adds no noise), got {self.choice_temperature!r}."
             )
         if len({place for place, _ in self.pinned}) != len(self.pinned):
-            raise ConfigError("a place must be pinned once at most, got one that is pinned twice.")
+            raise ConfigError("a place must be pinned once at most, got one that is pinned twice. Leave one pin out.")
 
     @property
     def num_steps(self) -> int:
@@ -171,7 +186,7 @@ class Canvas:
         if len(outside) or plan.stages[-1].stop > len(self.ids):
             raise ConfigError(
                 f"the stages must hold every unknown place of the {len(self.ids)} of an output and no other, got "
-                f"{plan.stages}."
+                f"{plan.stages}. Plan the canvas for the shapes of its grammar."
             )
         self.step = 0
         # For every step to come: its stage, which step of the stage it is, and the places left unknown after it.
@@ -280,7 +295,7 @@ def draw_places(
 def _runs(low: NDArray[np.int64], high: NDArray[np.int64]) -> Iterator[tuple[int, int]]:
     """Borders of the runs of places with the same range."""
     changes = np.flatnonzero((np.diff(low) != 0) | (np.diff(high) != 0)) + 1
-    borders = [0, *changes.tolist(), len(low)]
+    borders = [0, *changes.tolist(), len(low)] if len(low) else []
     yield from itertools.pairwise(borders)
 
 

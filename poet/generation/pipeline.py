@@ -415,10 +415,14 @@ class Pipeline:
         """What says how the picture was made larger; nothing where it was not."""
         if upsampling is None:
             return {}
+        usual = Upsampling()
+        others = ("schedule", "choice_temperature", "text_guidance", "low_guidance", "noise_level")
+        unusual = [name for name in others if getattr(upsampling, name) != getattr(usual, name)]
         return {
             "upsampler_sha256": self.bundle.upsampler_sha256,
             "upsample_steps": str(upsampling.num_steps),
             "upsample_temperature": repr(float(upsampling.temperature)),
+            **{f"upsample_{name}": str(getattr(upsampling, name)) for name in unusual},
         }
 
 

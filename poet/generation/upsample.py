@@ -21,7 +21,7 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from poet.errors import ConfigError, ShapeError
-from poet.generation.maskgit import Canvas, CanvasPlan, Schedule, Stage, draw_places
+from poet.generation.maskgit import Canvas, CanvasPlan, Schedule, Stage, check_steps, draw_places
 from poet.generation.sampling import SamplingConfig
 from poet.grammar import Segment
 from poet.model.superresolution import UNKNOWN, Upsampler, merge_factors
@@ -59,6 +59,7 @@ class Upsampling:
     seed: int = 0
 
     def __post_init__(self) -> None:
+        check_steps(self.num_steps)
         for name in ("text_guidance", "low_guidance"):
             value = getattr(self, name)
             if not math.isfinite(value) or value < 0:
@@ -181,7 +182,8 @@ def _hidden(
     words = [texts[row] if name == "all" or _keeps_text(name, settings[row]) else () for row, name in rows]
     lengths = torch.tensor([len(one) for one in words])
     text = torch.tensor([[*one, *[0] * (int(lengths.max()) - len(one))] for one in words], dtype=torch.int64)
-    level = torch.tensor([settings[row].noise_level for row, _ in rows])
+    # Where there are no smaller codes, none of them is wrong: so it was in training.
+    level = torch.tensor([0.0 if name == "nothing" else settings[row].noise_level for row, name in rows])
     hidden = model(*(part.to(device) for part in (high, under, text.view(len(rows), -1), lengths, level)))
     flat: Tensor = rearrange(hidden, "b t h w c -> b (t h w) c")
     return flat

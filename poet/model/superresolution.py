@@ -51,7 +51,7 @@ class UpsamplerConfig:
         hidden_size: C.
         ffn_hidden_size: of the SwiGLU.
         num_layers: layers; they take the windows in turn.
-        num_heads: attention heads; head_dim is hidden_size / num_heads, a multiple of 6 or at least 8 and even.
+        num_heads: attention heads; head_dim is hidden_size / num_heads, even and at least 8.
         windows: (frames, rows, columns) of the windows of the layers, in turn. A grid that fits a window is seen whole.
         scale: places of the larger size for one of the smaller, in height and in width.
         num_factors: F; None takes the fewest whose values are at most 2^12.
@@ -75,7 +75,16 @@ class UpsamplerConfig:
     def __post_init__(self) -> None:
         windows = tuple(tuple(int(size) for size in window) for window in self.windows)
         object.__setattr__(self, "windows", windows)
-        for name in ("num_text_pieces", "hidden_size", "ffn_hidden_size", "num_layers", "num_heads"):
+        counts = (
+            "codebook_size",
+            "num_text_pieces",
+            "hidden_size",
+            "ffn_hidden_size",
+            "num_layers",
+            "num_heads",
+            "scale",
+        )
+        for name in counts:
             value = getattr(self, name)
             if not isinstance(value, int) or isinstance(value, bool) or value < 1:
                 raise ConfigError(f"{name} must be a positive whole number, got {value!r}.")

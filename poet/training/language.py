@@ -168,7 +168,7 @@ def check_trainable(recipe: LanguageRecipe) -> None:
             "cut among processes is not here yet. Train with the reference, or set optimizer to adamw."
         )
     if recipe.compile:
-        raise ConfigError("compile must be false with Megatron, got true.")
+        raise ConfigError("compile must be false with Megatron, got true. Leave it out.")
 
 
 class LanguageRun:

@@ -16,7 +16,7 @@ import os
 import signal
 import time
 from collections.abc import Callable, Iterator, Mapping
-from contextlib import closing, contextmanager, nullcontext
+from contextlib import closing, contextmanager
 from pathlib import Path
 from typing import Any, Final, Protocol
 
@@ -25,7 +25,6 @@ from safetensors import SafetensorError
 from torch import Tensor, nn
 
 from poet.errors import CheckpointError, ConfigError, PoetError
-from poet.training.processes import alone_in
 
 __all__ = [
     "Checkpoints",
@@ -201,8 +200,8 @@ def fit(
 ) -> FitResult:
     """Train to the last step, from the newest checkpoint in `directory` if there is one.
 
-    Writes a checkpoint, `metrics.jsonl` and `loss.png` there, and the finished thing under `export/`. SIGINT and
-    SIGTERM end the run after the present step, with a checkpoint.
+    Writes a checkpoint, `metrics.jsonl` and `loss.png` there, and the finished thing under `export/`. SIGINT,
+    SIGTERM and SIGHUP end the run after the present step, with a checkpoint.
 
     Args:
         trainable: freshly built; a checkpoint is loaded into it.
@@ -215,27 +214,11 @@ def fit(
     Raises:
         CheckpointError: the checkpoint cannot be read or belongs to another run, the disk is full, or a metric is not
             finite. The last checkpoint is kept.
-        ConfigError: another process is training in `directory`.
     """
     started = time.monotonic()
     checkpoints = _OneFile(directory) if checkpoints is None else checkpoints
     with writing(directory):
         directory.mkdir(parents=True, exist_ok=True)
-        alone = alone_in(directory) if checkpoints.leads else nullcontext()
-    with alone:
-        return _fit(trainable, config, directory, checkpoints, speed, progress, started)
-
-
-def _fit(
-    trainable: Trainable,
-    config: LoopConfig,
-    directory: Path,
-    checkpoints: Checkpoints,
-    speed: Speed | None,
-    progress: Progress | None,
-    started: float,
-) -> FitResult:
-    with writing(directory):
         step, pending, metrics_bytes = _resume(trainable, checkpoints)
         log = _MetricsLog(directory / "metrics.jsonl", pending, metrics_bytes, writes=checkpoints.leads)
     saved_at, newest = time.monotonic(), log.read_newest()
@@ -453,14 +436,14 @@ class _MetricsLog:
 
 @contextmanager
 def _stop_on_signal() -> Iterator[Callable[[], bool]]:
-    """Remember SIGINT and SIGTERM instead of dying of them; a second SIGINT is the usual KeyboardInterrupt."""
+    """Remember SIGINT, SIGTERM and SIGHUP instead of dying of them; a second SIGINT is the usual KeyboardInterrupt."""
     seen: list[int] = []
 
     def remember(number: int, _frame: object) -> None:
         seen.append(number)
         signal.signal(signal.SIGINT, signal.default_int_handler)
 
-    previous = {number: signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM)}
+    previous = {number: signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)}
     try:
         for number in previous:
             signal.signal(number, remember)

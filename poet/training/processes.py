@@ -46,8 +46,9 @@ def alone_in(directory: Path) -> Iterator[None]:
                 ) from error
         yield
     finally:
-        _LOCKS.discard(lock)
-        os.close(lock)
+        if lock in _LOCKS:  # not in a fork, which has closed it already
+            _LOCKS.remove(lock)
+            os.close(lock)
 
 
 def _forget_locks() -> None:

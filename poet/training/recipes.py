@@ -9,6 +9,7 @@ import signal
 import time
 import warnings
 from collections.abc import Mapping, Sequence
+from contextlib import nullcontext, suppress
 from pathlib import Path
 from typing import Any
 
@@ -19,7 +20,7 @@ from numpy.typing import NDArray
 
 from poet.bundle import Bundle, GenerationDefaults, create_tokenizer_bundle
 from poet.data.clips import ClipSource, open_source
-from poet.errors import CheckpointError, ConfigError
+from poet.errors import CheckpointError, ConfigError, PoetError
 from poet.model.device import parse_device
 from poet.training.audio_tokenizer import AudioTokenizerRecipe, AudioTokenizerTraining
 from poet.training.config import build, read_recipe, to_plain, write_recipe
@@ -27,7 +28,7 @@ from poet.training.language import LanguageRecipe, LanguageRun, LanguageTraining
 from poet.training.launch import LAUNCHER
 from poet.training.loop import ONE_FILE, FitResult, LoopConfig, Progress, Trainable, fit, writing
 from poet.training.plan import make_plan
-from poet.training.processes import end_with_parent
+from poet.training.processes import alone_in, end_with_parent
 from poet.training.text_tokenizer import TextTokenizerRecipe, train_text_tokenizer
 from poet.training.upsampler import UpsamplerRecipe, UpsamplerTraining
 from poet.training.video_tokenizer import VideoTokenizerRecipe, VideoTokenizerTraining
@@ -87,7 +88,8 @@ def train(
         progress: called after every step.
 
     Raises:
-        ConfigError: the recipe cannot be used, or `directory` holds a run of another recipe.
+        ConfigError: the recipe cannot be used, `directory` holds a run of another recipe, or another process is
+            training in it.
         CheckpointError: a checkpoint, bundle or shard that does not fit.
     """
     values = read_recipe(recipe, overrides)
@@ -96,6 +98,23 @@ def train(
         raise ConfigError(f"a recipe's key 'train' must be one of {', '.join(KINDS)}, got {kind!r}.")
     options = build(LoopOptions, values.pop("loop", {}), "loop")
     parse_device(device)
+    was_there = directory.exists()
+    with writing(directory):
+        directory.mkdir(parents=True, exist_ok=True)
+    try:
+        # Around all that is written: a run that is refused must not have changed the recipe of the one that goes on.
+        with alone_in(directory) if os.environ.get("RANK", "0") == "0" else nullcontext():
+            return _train(kind, values, options, directory, device, progress)
+    except PoetError:
+        if not was_there:
+            with suppress(OSError):  # something has been written
+                directory.rmdir()
+        raise
+
+
+def _train(
+    kind: str, values: Mapping[str, Any], options: LoopOptions, directory: Path, device: str, progress: Progress | None
+) -> FitResult:
     if kind == "text_tokenizer":
         return _train_text(build(TextTokenizerRecipe, values), directory)
     if kind == "tokenizer_bundle":

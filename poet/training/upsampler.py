@@ -237,7 +237,10 @@ class UpsamplerTraining:
                 f"{self.bundle.path} has {self.bundle.fingerprint[:12]}. Name the bundle it was begun with."
             )
         if state["num_clips"] != len(self.pairs):
-            raise ConfigError(f"the run was begun with {state['num_clips']} clips, the shards hold {len(self.pairs)}.")
+            raise ConfigError(
+                f"the run was begun with {state['num_clips']} clips, the shards hold {len(self.pairs)}. Restore them, "
+                "or start anew in another directory."
+            )
         self.model.load_state_dict(state["model"])
         self.average.load_state_dict(state["average"])
         for name, (optimizer, _) in self.optimizers.items():
@@ -337,6 +340,7 @@ class _Pairs:
         small, large = self.low[0].video_codes, self.high[0].video_codes
         if small is None or large is None:
             raise ConfigError(f"{low} and {high} must hold video codes, got clips without a picture.")
+        self.shapes = small.shape, large.shape
         self.scale, rest = divmod(large.shape[1], small.shape[1])
         if rest or self.scale < 2 or large.shape != (small.shape[0], *(self.scale * size for size in small.shape[1:])):
             raise ConfigError(
@@ -351,9 +355,17 @@ class _Pairs:
         """(T, h, w) and (T, H, W) codes, and the pieces of the caption, () without one."""
         small, large = self.low[row], self.high[row]
         if small.key != large.key:
-            raise ConfigError(f"row {row} is clip {small.key} in one size and {large.key} in the other.")
-        assert small.video_codes is not None
-        assert large.video_codes is not None
+            raise ConfigError(
+                f"row {row} is clip {small.key} in one size and {large.key} in the other. Encode the same source twice."
+            )
+        if small.video_codes is None or large.video_codes is None:
+            raise ConfigError(f"clip {small.key} has no picture. Leave sounds out of the shards.")
+        shapes = small.video_codes.shape, large.video_codes.shape
+        if shapes != self.shapes:
+            raise ConfigError(
+                f"all clips must be of one shape, got {shapes[0]} and {shapes[1]} codes of {small.key} after "
+                f"{self.shapes[0]} and {self.shapes[1]}. Encode clips of one length and size."
+            )
         return small.video_codes.astype(np.int64), large.video_codes.astype(np.int64), self._pieces(small)
 
     def _pieces(self, clip: EncodedClip) -> tuple[int, ...]:

@@ -11,6 +11,7 @@ Rules, the same for both sides:
   does not count. MFU is that over seconds and over the card's dense bfloat16 peak.
 - A figure is the median over rounds of some steps each, which alternate between the sides; what comes before (loading,
   compiling) is dropped. Optimiser, clipping and logging are part of a step.
+- Batches are drawn before the clock starts, for both sides. Both models lie on the card at the same time.
 - Poet's side is the trainer as `poet train` runs it: bfloat16 weights with float32 ones in the optimiser, averaged
   weights, losses by modality, logits for targets only. Poet's prefix is read both ways.
 - transformers' side is its Qwen3 of the same sizes with its SDPA attention, float32 weights under bfloat16 autocast,
@@ -53,6 +54,9 @@ say = functools.partial(print, file=sys.stderr, flush=True)
 class Side(Protocol):
     """One of the two trainers."""
 
+    def draw(self, numbers: Sequence[int]) -> None:
+        """Have the rows of these numbers at hand."""
+
     def step(self, number: int) -> float:
         """One optimiser step on the rows of that number; returns the loss, so the device has finished."""
 
@@ -89,12 +93,17 @@ class TransformersSide:
             fused=True,
         )
         self.forward = torch.compile(self.model) if compiled else self.model
+        self.drawn: dict[int, Any] = {}
+
+    def draw(self, numbers: Sequence[int]) -> None:
+        """Have the rows of these numbers at hand."""
+        self.drawn = {number: self.loader.batch(number) for number in numbers}
 
     def step(self, number: int) -> float:
         """One step of the plainest loop."""
         import torch
 
-        batch = self.loader.batch(number)
+        batch = self.drawn[number] if number in self.drawn else self.loader.batch(number)
         ids = batch["ids"].to(self.device)
         labels = torch.where(batch["loss_mask"].to(self.device), ids, -100)
         autocast = torch.autocast("cuda", torch.bfloat16, enabled=self.device.type == "cuda")
@@ -112,6 +121,13 @@ class PoetSide:
 
     def __init__(self, training: MegatronTraining) -> None:
         self.training = training
+        self.drawn: dict[int, Any] = {}
+        take = training.ahead.take
+        training.ahead.take = lambda number: self.drawn[number] if number in self.drawn else take(number)  # type: ignore[method-assign]
+
+    def draw(self, numbers: Sequence[int]) -> None:
+        """Have the rows of these numbers at hand."""
+        self.drawn = {number: self.training.loader.batch(number) for number in numbers}
 
     def step(self, number: int) -> float:
         """One step as `poet train` does it."""
@@ -126,6 +142,8 @@ def measure(sides: Mapping[str, Side], *, rounds: int, steps: int, warmup: int) 
     found: dict[str, list[float]] = {name: [] for name in sides}
     for turn in range(rounds):
         first = warmup + turn * steps
+        for side in sides.values():
+            side.draw(range(first, first + steps))
         for name in list(sides) if turn % 2 else reversed(list(sides)):
             begun = time.perf_counter()
             for number in range(first, first + steps):
@@ -216,14 +234,15 @@ def run_case(size: str, options: argparse.Namespace, folder: Path) -> dict[str, 
             "transformers": TransformersSide(training, compiled=options.compile_transformers),
         }
         seconds = measure(sides, rounds=options.rounds, steps=options.steps, warmup=options.warmup)
-        lengths = training.loader.batch(options.warmup)["lengths"].float()
-        ids = float(lengths.sum())
+        measured = range(options.warmup, options.warmup + options.rounds * options.steps)
+        lengths = torch.cat([training.loader.batch(number)["lengths"] for number in measured]).float()
+        ids = float(lengths.sum()) / len(measured)
         flops = ids * flops_per_id(training.config, float(lengths.mean()))
         found = compare(seconds, ids=ids, flops=flops, peak=peak_flops(torch.device(options.device)))
     case = {"size": size, "parameters": training.config.num_parameters, "ids_per_row": float(lengths.mean()), **found}
     del training, sides
     if options.device == "cuda":
-        case["peak_memory_gb"] = round(torch.cuda.max_memory_allocated() / 1e9, 1)
+        case["peak_memory_of_both_gb"] = round(torch.cuda.max_memory_allocated() / 1e9, 1)
         torch.cuda.empty_cache()
         torch.cuda.reset_peak_memory_stats()
     return case

@@ -129,9 +129,10 @@ class VLLMEngine:
                 self._vllm = _start(common | cached)
             if "parallel" in decodings:
                 self._canvases = _start(common | _canvas_arguments(max(2, max_num_seqs) * longest))
-        except (ValueError, KeyError, RuntimeError, OSError, SafetensorError) as error:
+        except BaseException as error:
             self.close()
-            if isinstance(error, PoetError):
+            damaged = (ValueError, KeyError, RuntimeError, OSError, SafetensorError)
+            if isinstance(error, PoetError) or not isinstance(error, damaged):
                 raise
             raise CheckpointError(f"vLLM cannot load the model of {bundle_dir}: {error}") from error
         VLLMEngine._running = True

@@ -81,7 +81,8 @@ class CanvasPooler(Pooler):  # type: ignore[misc]
             pooling_metadata: says where each request's lie, and what it asks for.
 
         Returns:
-            For each request (N, 2) float32, id and log-probability; (0, 2) for a guide.
+            For each request (N, 2) float32, id and log-probability; (0, 2) for a guide and for one that asks for
+            nothing.
 
         Raises:
             PoetError: a request is without its guide in this step, or a guide without its request.
@@ -92,7 +93,7 @@ class CanvasPooler(Pooler):  # type: ignore[misc]
         guides = {half.pair: row for row, (_, half) in enumerate(asked) if half is not None and half.is_guide}
         answers = []
         for row, (canvas, half) in enumerate(asked):
-            if half is not None and half.is_guide:
+            if not canvas["places"] or (half is not None and half.is_guide):
                 answers.append(torch.zeros(0, 2))
                 continue
             logits = self._before(hidden_states, int(starts[row]), canvas)
@@ -112,15 +113,14 @@ class CanvasPooler(Pooler):  # type: ignore[misc]
 
     def _before(self, hidden_states: Tensor, start: int, canvas: Mapping[str, Any]) -> Tensor:
         """(N, V): the prediction for a place is read one place before it."""
-        places = torch.tensor(canvas["places"], device=hidden_states.device) + (start - 1)
+        places = torch.tensor(canvas["places"], dtype=torch.int64, device=hidden_states.device) + (start - 1)
         return self._logits(hidden_states[places])
 
     @staticmethod
     def _of_request(params: PoolingParams) -> tuple[Mapping[str, Any], Half | None]:
         arguments = params.extra_kwargs or {}
         # vLLM measures its memory with requests of its own, which ask for nothing.
-        nothing = {"places": [], "low": [], "high": [], "step": 0, "temperature": 0, "top_k": 0, "top_p": 1, "seed": 0}
-        return arguments.get(CANVAS_KEY, nothing), half_of_arguments(arguments)
+        return arguments.get(CANVAS_KEY, {"places": []}), half_of_arguments(arguments)
 
 
 def _apart(pair: str) -> PoetError:

@@ -59,16 +59,50 @@ def recipe(tmp_path_factory: pytest.TempPathFactory) -> Path:
     ],
 )
 def test_what_cannot_be_trained_is_refused_in_one_line_before_anything_starts(
-    recipe: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str], options: tuple[str, ...], words: str
+    recipe: Path,
+    tmp_path: Path,
+    capsys: pytest.CaptureFixture[str],
+    monkeypatch: pytest.MonkeyPatch,
+    options: tuple[str, ...],
+    words: str,
 ) -> None:
+    def refuse(*_: object) -> int:
+        raise AssertionError("processes were started")
+
+    monkeypatch.setattr("poet.training.launch.launch", refuse)
     nproc = () if "--nproc" in options else ("--nproc", "2")
-    begun = time.monotonic()
     assert main(["train", str(recipe), "-o", str(tmp_path / "run"), *nproc, *options]) == 1
     said = capsys.readouterr().err
     assert words in said
     assert len(said.strip().splitlines()) == 1
     assert not (tmp_path / "run").exists()
-    assert time.monotonic() - begun < 20
+
+
+def test_what_every_process_is_asked_is_what_the_command_was(
+    recipe: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    asked = []
+    monkeypatch.setattr("poet.training.launch.launch", lambda *arguments: asked.append(arguments) or 0)
+    run = str(tmp_path / "run")
+    assert main(["train", str(recipe), "-o", run, "--nproc", "2", "--set", "seed=4", "--set", "batch_size=8"]) == 0
+    [(module, arguments, processes)] = asked
+    assert (module, processes) == ("poet.cli.main", 2)
+    assert arguments == [
+        "train", str(recipe), "--device", "cpu", "-o", run, "--set", "seed=4", "--set", "batch_size=8"
+    ]  # fmt: skip
+
+
+def test_a_run_that_is_refused_has_changed_nothing(
+    recipe: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    run = tmp_path / "run"
+    assert main(["train", str(recipe), "-o", str(run), "--set", "num_steps=1"]) == 0
+    before = {path: path.read_bytes() for path in run.rglob("*") if path.is_file()}
+    capsys.readouterr()
+    with alone_in(run):
+        assert main(["train", str(recipe), "-o", str(run), "--set", "num_steps=9"]) == 1
+    assert "being trained in by another process" in capsys.readouterr().err
+    assert {path: path.read_bytes() for path in run.rglob("*") if path.is_file()} == before
 
 
 def test_a_directory_has_one_run_at_a_time(tmp_path: Path) -> None:
@@ -134,8 +168,10 @@ def test_a_signal_saves_and_a_killed_launcher_takes_its_processes_along(recipe: 
     workers: list[int] = []
     try:
         wait_for(lambda: len(steps(tmp_path)) > 0, 180, launcher)
-        second = main(["train", str(recipe), "-o", str(tmp_path)])
-        assert second == 1  # in a directory that is being trained in
+        recipe_of_the_run = (tmp_path / "recipe.yaml").read_text()
+        for other in ((), ("--set", "num_steps=3"), ("--set", "num_steps=3", "--nproc", "2")):
+            assert main(["train", str(recipe), "-o", str(tmp_path), *other]) != 0  # it is being trained in
+        assert (tmp_path / "recipe.yaml").read_text() == recipe_of_the_run
         launcher.send_signal(signal.SIGTERM)
         _, said = launcher.communicate(timeout=120)
         assert launcher.returncode == 128 + signal.SIGTERM

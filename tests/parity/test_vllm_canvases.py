@@ -192,6 +192,24 @@ def test_what_the_engine_cannot_write_is_refused_before_anything_is_started(bund
         VLLMEngine(bundle, decodings=["backwards"])
 
 
+def test_vllms_own_requests_which_ask_for_nothing_are_answered() -> None:
+    from vllm import PoolingParams
+    from vllm.v1.pool.metadata import PoolingMetadata
+
+    from poet_serving.maskgit import CanvasPooler
+
+    metadata = PoolingMetadata(
+        prompt_lens=torch.tensor([3, 4]),
+        prompt_token_ids=None,
+        prompt_token_ids_cpu=None,
+        pooling_params=[PoolingParams(task="token_classify"), PoolingParams(task="token_classify")],
+        pooling_states=[],
+    )
+    metadata.build_pooling_cursor(np.array([3, 4]), torch.tensor([3, 4]), torch.device("cpu"))
+    pooler = CanvasPooler(lambda hidden: hidden.new_zeros(len(hidden), CONFIG.vocab_size))
+    assert [tuple(answer.shape) for answer in pooler.forward(torch.zeros(7, 4), metadata)] == [(0, 2), (0, 2)]
+
+
 def test_a_request_that_is_parted_from_its_guide_stops_the_engine_rather_than_writing_wrong_ids() -> None:
     from vllm import PoolingParams
     from vllm.v1.pool.metadata import PoolingMetadata

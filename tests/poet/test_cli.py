@@ -166,13 +166,16 @@ def test_upsampling_is_asked_for_recorded_and_done_again(capsys: pytest.CaptureF
     assert one.shape[1:3] == (2 * smaller.shape[1], 2 * smaller.shape[2])
     tiny_upsampler(made, made.path / "upsampler", seed=1)
     for options, words in (
-        (("--like", first), "the upsampler"),
+        (("--like", first), "was made with the upsampler"),
         (("a star", "--upsample-steps", 3), "add --upsample"),
         (("a star", "--upsample", "--upsample-steps", 0), "step"),
     ):
         code, _, err = run(capsys, "generate", "--model", made.path, "--engine", "torch", "-o", again, *options)
         assert code == 1
         assert words in err
+    assert (
+        generate(capsys, made.path, "--like", first, "--no-upsample", "-o", small)["ids_sha256"] == said["ids_sha256"]
+    )
 
 
 def test_no_metadata_leaves_it_out_and_like_then_says_so(

@@ -177,6 +177,12 @@ def test_draws_follow_the_logits_and_their_confidence_is_of_temperature_one() ->
     assert (cold == 2).mean() > shares[2] + 0.2
 
 
+def test_a_step_that_asks_for_nothing_draws_nothing() -> None:
+    nothing = np.zeros(0, np.int64)
+    ids, sure = draw_places(torch.zeros(0, 9), nothing, nothing, SamplingConfig(seed=1), 0)
+    assert ids.shape == sure.shape == (0,)
+
+
 def test_the_same_seed_fills_the_same_canvas_and_another_one_another(model: PoetTransformer) -> None:
     one = fill(model, plan(), SamplingConfig(seed=1))
     assert fill(model, plan(), SamplingConfig(seed=1)) == one
@@ -292,7 +298,7 @@ def test_a_filled_canvas_unpacks(model: PoetTransformer) -> None:
     ("make", "words"),
     [
         (lambda: Stage(3, 3, 1), "start < stop"),
-        (lambda: Stage(0, 3, 0), "one step"),
+        (lambda: Stage(0, 3, 0), "at least 1, got 0"),
         (lambda: CanvasPlan(stages=(), mask_id=1), "one or more"),
         (lambda: CanvasPlan(stages=(Stage(0, 4, 1), Stage(3, 6, 1)), mask_id=1), "apart"),
         (lambda: CanvasPlan(stages=(Stage(0, 4, 1),), mask_id=1, schedule="sine"), "cosine, linear, square"),  # type: ignore[arg-type]

@@ -228,6 +228,29 @@ def test_guidance_moves_away_from_what_it_leaves_out() -> None:
     assert len({tuple(found.ravel()) for found in (plain, *others)}) == 4
 
 
+@torch.inference_mode()
+@pytest.mark.parametrize(("text", "low", "noise"), [(2.5, 1.0, 0.0), (1.0, 3.0, 0.4), (1.5, 2.0, 0.4)])
+def test_guided_logits_are_those_of_the_formula(text: float, low: float, noise: float) -> None:
+    """l(nothing) + s_low (l(low) - l(nothing)) + s_text (l(low, text) - l(low)); an unguided text is in all."""
+    model, given = build(), torch.from_numpy(codes(0))[None]
+    empty, words = torch.full((1, T, H, W), UNKNOWN), torch.tensor([[1, 2]])
+
+    def logits(*, with_low: bool, with_text: bool) -> torch.Tensor:
+        under = given if with_low else torch.full_like(given, UNKNOWN)
+        level = torch.tensor([noise if with_low else 0.0])  # nothing is not noisy
+        states = model(empty, under, words, torch.tensor([2 if with_text else 0]), level)
+        return model.logits(states.flatten(0, 3))[:, 0]
+
+    keeps = text == 1
+    whole = logits(with_low=True, with_text=True)
+    no_text = logits(with_low=True, with_text=keeps)
+    nothing = logits(with_low=False, with_text=keeps)
+    expected = nothing + low * (no_text - nothing) + text * (whole - no_text)
+    settings = Upsampling(num_steps=1, temperature=0.0, text_guidance=text, low_guidance=low, noise_level=noise)
+    [found] = upsample_codes(model, [codes(0)], [(1, 2)], [settings])
+    np.testing.assert_array_equal(found.ravel(), expected.argmax(-1).numpy())
+
+
 def test_a_code_is_as_sure_as_its_factors_together() -> None:
     logits = torch.randn(50, 2, 8)
     factors, sure = draw_codes(logits, SamplingConfig(seed=1), 0)
@@ -269,7 +292,9 @@ def test_a_shape_that_cannot_be_built_is_refused(changes: dict[str, Any], words:
 @pytest.mark.parametrize(
     ("options", "words"),
     [
-        ({"num_steps": 0}, "step"),
+        ({"num_steps": 0}, "number of steps must be a whole number"),
+        ({"num_steps": 2.5}, "got 2.5"),
+        ({"num_steps": True}, "got True"),
         ({"noise_level": 1.5}, "noise_level"),
         ({"text_guidance": -1.0}, "text_guidance"),
         ({"low_guidance": math.nan}, "low_guidance"),

@@ -52,10 +52,12 @@ class Ground:
         return UpsamplerRecipe(**values | changes)
 
 
-def write(bundle: Bundle, directory: Path, scale: int, *, prefix: str = "clip", count: int = CLIPS) -> Path:
-    geometry = tiny_geometry(bundle.vocabulary, num_latent_frames=2)
+def write(
+    bundle: Bundle, directory: Path, scale: int, *, prefix: str = "clip", count: int = CLIPS, growing: bool = False
+) -> Path:
     clips = []
     for number in range(count):
+        geometry = tiny_geometry(bundle.vocabulary, num_latent_frames=2 + growing * number)
         low = np.random.default_rng(number).integers(0, bundle.vocabulary.video_codebook_size, geometry.latent_shape)
         codes = low.repeat(scale, 1).repeat(scale, 2).astype(np.int32)
         height, width = geometry.resolution
@@ -96,7 +98,7 @@ def test_it_learns_what_the_smaller_codes_say(ground: Ground, optimizer: str) ->
 
 def test_conditions_are_left_out_and_spoilt_in_their_shares(ground: Ground) -> None:
     training = UpsamplerTraining(ground.recipe(text_dropout=0.3, low_dropout=0.2, noise=0.5))
-    bare, without_low, with_text, wrong = 0, 0, 0, []
+    rows, without_low, with_text, wrong = 0, 0, 0, []
     for step in range(100):
         example = training._draw(step)
         assert bool(example.hidden.flatten(1).any(1).all())
@@ -110,10 +112,10 @@ def test_conditions_are_left_out_and_spoilt_in_their_shares(ground: Ground) -> N
             truth = example.high[row][:, ::2, ::2]
             wrong.append((float((low != truth).float().mean()), level))
         with_text += int((example.text_lengths > 0).sum())
-        bare += 4
-    assert without_low / bare == pytest.approx(0.2, abs=0.07)
+        rows += 4
+    assert without_low / rows == pytest.approx(0.2, abs=0.07)
     # Two clips of three have a caption to begin with.
-    assert with_text / bare == pytest.approx(0.7 * 2 / 3, abs=0.08)
+    assert with_text / rows == pytest.approx(0.7 * 2 / 3, abs=0.08)
     shares, levels = np.array(wrong).T
     assert (levels == 0).mean() == pytest.approx(0.5, abs=0.1)
     assert (shares[levels == 0] == 0).all()
@@ -166,6 +168,10 @@ def test_shards_that_do_not_belong_together_are_refused(ground: Ground, tmp_path
     others = write(bundle, tmp_path / "others", 2, prefix="film")
     training = UpsamplerTraining(ground.recipe(high_shards=others))
     with pytest.raises(ConfigError, match=r"is clip clip-\d in one size and film-\d in the other"):
+        training.train_step(0)
+    growing = [write(bundle, tmp_path / f"growing-{scale}", scale, growing=True) for scale in (1, 2)]
+    training = UpsamplerTraining(ground.recipe(low_shards=growing[0], high_shards=growing[1]))
+    with pytest.raises(ConfigError, match="all clips must be of one shape"):
         training.train_step(0)
     foreign = tiny_bundle(tmp_path / "foreign", seed=5)
     with pytest.raises(CheckpointError, match="vocabulary"):
