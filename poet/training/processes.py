@@ -11,6 +11,8 @@ import fcntl
 import os
 import signal
 import sys
+import threading
+import time
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -18,7 +20,7 @@ from typing import Final
 
 from poet.errors import ConfigError
 
-__all__ = ["alone_in", "end_with_parent"]
+__all__ = ["alone_in", "end_with_parent", "follow_parent"]
 
 _SET_PARENT_DEATH_SIGNAL: Final = 1  # prctl's PR_SET_PDEATHSIG
 _LOCKS: Final[set[int]] = set()
@@ -64,6 +66,8 @@ os.register_at_fork(after_in_child=_forget_locks)
 def end_with_parent(parent: int, number: signal.Signals) -> None:
     """Ask for a signal to this process when its parent is gone, however that ended. Linux alone; elsewhere nothing.
 
+    The signal may come several times; take one that ends the process.
+
     Args:
         parent: its process id; if it is gone already, the signal comes at once.
         number: the signal.
@@ -73,3 +77,26 @@ def end_with_parent(parent: int, number: signal.Signals) -> None:
     ctypes.CDLL(None).prctl(_SET_PARENT_DEATH_SIGNAL, number)
     if os.getppid() != parent:
         os.kill(os.getpid(), number)
+
+
+def follow_parent(parent: int, number: signal.Signals, interval: float = 0.5) -> None:
+    """Send this process a signal, once, when its parent is gone, however that ended.
+
+    A thread looks. A signal that has been caught and is caught no longer is not sent: the run that caught it has ended,
+    perhaps because another of its processes was told first, and is on its way out.
+
+    Args:
+        parent: its process id.
+        number: the signal.
+        interval: seconds between two looks.
+    """
+
+    def watch() -> None:
+        was_caught = False
+        while os.getppid() == parent:
+            was_caught |= signal.getsignal(number) is not signal.SIG_DFL
+            time.sleep(interval)
+        if not was_caught or signal.getsignal(number) is not signal.SIG_DFL:
+            os.kill(os.getpid(), number)
+
+    threading.Thread(target=watch, name="parent", daemon=True).start()

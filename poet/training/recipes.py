@@ -28,7 +28,7 @@ from poet.training.language import LanguageRecipe, LanguageRun, LanguageTraining
 from poet.training.launch import LAUNCHER
 from poet.training.loop import ONE_FILE, FitResult, LoopConfig, Progress, Trainable, fit, writing
 from poet.training.plan import make_plan
-from poet.training.processes import alone_in, end_with_parent
+from poet.training.processes import alone_in, follow_parent
 from poet.training.text_tokenizer import TextTokenizerRecipe, train_text_tokenizer
 from poet.training.upsampler import UpsamplerRecipe, UpsamplerTraining
 from poet.training.video_tokenizer import VideoTokenizerRecipe, VideoTokenizerTraining
@@ -124,7 +124,7 @@ def _train(
         raise ConfigError(f"several processes can train a recipe of 'language' only, got {kind!r}. Leave --nproc out.")
     if launched:
         if launcher := os.environ.get(LAUNCHER):
-            end_with_parent(int(launcher), signal.SIGTERM)  # which saves and ends; nobody else is left to stop it
+            follow_parent(int(launcher), signal.SIGTERM)  # which saves and ends; nobody else is left to stop it
         language = build(LanguageRecipe, values)
         if os.environ.get("RANK", "0") == "0":
             _keep_recipe(kind, language, directory)

@@ -185,7 +185,7 @@ def test_a_signal_saves_and_a_killed_launcher_takes_its_processes_along(recipe: 
         workers = children_of(launcher.pid)
         assert len(workers) >= 2
         launcher.kill()
-        launcher.communicate()
+        _, said = launcher.communicate()
         wait_for(lambda: not any(map(is_there, workers)), 60)
     finally:
         launcher.kill()
@@ -194,5 +194,5 @@ def test_a_signal_saves_and_a_killed_launcher_takes_its_processes_along(recipe: 
                 os.kill(worker, signal.SIGKILL)
     # What they saved when they were told that they were alone is where the run goes on.
     last = steps(tmp_path)[-1]
-    assert (tmp_path / "checkpoints" / f"step-{last:08d}").is_dir()
+    assert (tmp_path / "checkpoints" / f"step-{last:08d}").is_dir(), said
     assert steps(tmp_path) == list(range(1, last + 1))
