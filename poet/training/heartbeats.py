@@ -32,6 +32,8 @@ class Heartbeats:
         patience: seconds after which a process that was heard of and is silent counts as lost.
         give_up: called with the message when a process is lost while this one waits; ends the process at once, since
             the thread that waits cannot be woken.
+        meet: called after the first beat; returns when every process has had its own. From then on every file is of
+            this run. None: a file that is older than this process's first beat counts as an earlier run's.
     """
 
     def __init__(
@@ -43,10 +45,13 @@ class Heartbeats:
         interval: float = 2.0,
         patience: float = 30.0,
         give_up: Callable[[str], None] | None = None,
+        meet: Callable[[], object] | None = None,
     ) -> None:
         self.directory, self.rank, self.world_size = directory, rank, world_size
         self.interval, self.patience = interval, patience
         self._give_up = _end if give_up is None else give_up
+        self._meet = meet
+        self._all_have_beaten = False
         self._begun = 0.0
         self._stopped = threading.Event()
         self._thread = threading.Thread(target=self._beat, name="heartbeats", daemon=True)
@@ -61,6 +66,9 @@ class Heartbeats:
         self.directory.mkdir(parents=True, exist_ok=True)
         self._touch()
         self._begun = self._file(self.rank).stat().st_mtime
+        if self._meet is not None:
+            self._meet()
+            self._all_have_beaten = True
         self._thread.start()
         try:
             yield
@@ -104,8 +112,9 @@ class Heartbeats:
         for rank in range(self.world_size):
             with contextlib.suppress(FileNotFoundError):
                 last = self._file(rank).stat().st_mtime
-                # What an earlier run left behind is older than this one's beginning.
-                if rank != self.rank and last >= self._begun and own - last > seconds:
+                # What an earlier run left behind is older than this one's beginning, but so is the first beat of a
+                # process that was quicker to begin than this one.
+                if rank != self.rank and (self._all_have_beaten or last >= self._begun) and own - last > seconds:
                     lost.append(rank)
         return lost
 

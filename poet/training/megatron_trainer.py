@@ -71,7 +71,10 @@ def train_with_megatron(
     """
     with process_groups(recipe.parallel, device):
         rank, world_size = distributed.get_rank(), distributed.get_world_size()
-        with Heartbeats(directory / "heartbeats", rank, world_size).beating():
+        heartbeats = Heartbeats(
+            directory / "heartbeats", rank, world_size, meet=lambda: distributed.all_reduce(torch.zeros(1))
+        )
+        with heartbeats.beating():
             return _fit(recipe, loop, directory, device=device, progress=progress)
 
 

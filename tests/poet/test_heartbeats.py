@@ -36,6 +36,22 @@ def test_a_failed_exchange_names_who_is_gone(tmp_path: Path) -> None:
         raise RuntimeError("Connection closed by peer [127.0.0.1]:1234")
 
 
+def test_a_process_that_beat_once_before_this_one_began_is_missed_as_well(tmp_path: Path) -> None:
+    """It was quicker to begin, and gone before its second beat; they had met in between."""
+    other = tmp_path / "rank-00001"
+
+    def meet() -> None:
+        other.write_text("elsewhere 4321")
+        os.utime(other, (time.time() - 0.3, time.time() - 0.3))
+
+    met = Heartbeats(tmp_path, 0, 3, interval=0.05, patience=60, meet=meet)
+    with pytest.raises(CheckpointError, match=r"rank 1 .* was lost"), met.beating():
+        raise RuntimeError("Connection closed by peer [127.0.0.1]:1234")
+    strangers = heart(tmp_path, 0)  # who have not met take it for an earlier run's
+    with pytest.raises(RuntimeError, match="closed by peer"), strangers.beating():
+        raise RuntimeError("Connection closed by peer [127.0.0.1]:1234")
+
+
 def test_so_does_an_exchange_that_failed_while_saving(tmp_path: Path) -> None:
     with pytest.raises(CheckpointError, match=r"rank 1 .* was lost"), heart(tmp_path, 0).beating():
         (tmp_path / "rank-00001").write_text("elsewhere 4321")
