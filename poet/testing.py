@@ -9,13 +9,14 @@ from __future__ import annotations
 import dataclasses
 import importlib.util
 import inspect
+import json
 import multiprocessing
 import pickle
 import sys
 import tempfile
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any, Final
+from typing import TYPE_CHECKING, Any, Final
 
 import numpy as np
 
@@ -26,15 +27,21 @@ from poet.tasks import ClipGeometry, ClipParts, Task, get_task
 from poet.vocabulary import Vocabulary
 from poet_tokenizers.base import AudioSpec, TextSpec, VideoSpec
 
+if TYPE_CHECKING:
+    from poet.model.transformer import PoetTransformer
+
 __all__ = [
     "in_processes",
     "random_parts",
     "random_scene",
+    "save_model",
     "save_tiny_tokenizers",
+    "sharp_model",
     "tiny_bundle",
     "tiny_config",
     "tiny_defaults",
     "tiny_geometry",
+    "tiny_recipe",
     "tiny_shards",
     "tiny_specs",
     "tiny_tokenizer_bundle",
@@ -198,6 +205,47 @@ def tiny_config(vocabulary: Vocabulary, **changes: Any) -> PoetConfig:
     return dataclasses.replace(config, **changes)
 
 
+def sharp_model(config: PoetConfig, *, seed: int = 0, gains: bool = False) -> PoetTransformer:
+    """A random transformer whose likeliest ids are clear.
+
+    Weights as they are drawn for training give logits that are all alike and that no prompt changes.
+
+    Args:
+        config: sizes.
+        seed: of every weight.
+        gains: whether the gains are drawn too, about 1.
+    """
+    import torch
+
+    from poet.model.transformer import PoetTransformer
+
+    with torch.random.fork_rng(devices=[]), torch.no_grad():
+        torch.manual_seed(seed)
+        model = PoetTransformer(config).eval()
+        for weight in model.parameters():
+            if weight.dim() > 1:
+                weight.normal_(std=2 * weight.shape[1] ** -0.5)
+            elif gains:
+                weight.normal_(mean=1.0, std=0.2)
+    return model
+
+
+def save_model(model: PoetTransformer, directory: Path, **content: Any) -> Path:
+    """Write what an engine reads of a bundle, config.json and weights, and return the directory.
+
+    Args:
+        model: to be written.
+        directory: made if missing.
+        **content: keys of config.json besides the model's own.
+    """
+    from poet.model.weights import save_weights
+
+    directory.mkdir(exist_ok=True)
+    save_weights(model, directory / "model.safetensors")
+    (directory / "config.json").write_text(json.dumps(model.config.to_huggingface_dict() | content))
+    return directory
+
+
 def tiny_bundle(directory: Path, *, seed: int = 0, config: dict[str, Any] | None = None, **defaults: Any) -> Bundle:
     """Write and open a complete bundle with random weights: real tokenizers, real model, all tiny.
 
@@ -207,22 +255,12 @@ def tiny_bundle(directory: Path, *, seed: int = 0, config: dict[str, Any] | None
         config: fields of `tiny_config` that differ.
         **defaults: fields of `tiny_defaults` that differ.
     """
-    import torch
     from safetensors.torch import save_file
-
-    from poet.model.transformer import PoetTransformer
 
     with tempfile.TemporaryDirectory() as scratch:
         source = tiny_tokenizer_bundle(Path(scratch) / "tokenizers", seed=seed, **defaults)
         shape = tiny_config(source.vocabulary, **(config or {}))
-        with torch.random.fork_rng(devices=[]):
-            torch.manual_seed(seed)
-            model = PoetTransformer(shape)
-            with torch.no_grad():
-                # Weights as they are drawn for training give logits that are all alike and that no prompt changes.
-                for weight in model.parameters():
-                    if weight.dim() > 1:
-                        weight.normal_(std=2 * weight.shape[1] ** -0.5)
+        model = sharp_model(shape, seed=seed)
         weights = {name: tensor.contiguous() for name, tensor in model.state_dict().items()}
         return export_bundle(
             directory,
@@ -268,6 +306,31 @@ def tiny_shards(
     with ShardWriter(directory, fingerprint=vocabulary.fingerprint, source=name, source_length=count) as writer:
         writer.write(clips, count)
     return directory
+
+
+def tiny_recipe(directory: Path, **values: Any) -> Path:
+    """Write a tiny bundle, its shards and a language recipe over them; return the recipe.
+
+    Args:
+        directory: must exist.
+        **values: keys of the recipe besides data, sizes and precision.
+    """
+    import yaml
+
+    bundle = tiny_bundle(directory / "bundle")
+    shards = str(tiny_shards(bundle, directory / "shards"))
+    assert bundle.model_config is not None
+    names = ("hidden_size", "ffn_hidden_size", "num_layers", "num_heads", "num_kv_heads", "head_dim", "scene_length")
+    recipe = {
+        "train": "language",
+        "bundle": str(directory / "bundle"),
+        "shards": shards,
+        "validation_shards": shards,
+        "precision": "fp32",
+        "model": {name: getattr(bundle.model_config, name) for name in names},
+    }
+    (directory / "recipe.yaml").write_text(yaml.safe_dump(recipe | values))
+    return directory / "recipe.yaml"
 
 
 def tiny_upsampler(bundle: Bundle, directory: Path, *, seed: int = 0) -> Path:

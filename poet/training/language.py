@@ -31,7 +31,7 @@ from poet.training.ahead import DrawnAhead
 from poet.training.guard import StepGuard
 from poet.training.loop import ExponentialMovingAverage, cosine_schedule
 from poet.training.losses import backward_from_targets, modality_means, target_losses
-from poet.training.optimizers import build_optimizers
+from poet.training.optimizers import Optimizers
 from poet.training.parallelism import Parallelism
 from poet.training.replicas import Replicas
 from poet.training.speed import SpeedLog
@@ -318,7 +318,7 @@ class LanguageTraining(LanguageRun):
         self.model.to(self.device)
         self.average = ExponentialMovingAverage(self.model, recipe.ema_decay)
         matrices = [weight for weight in self.model.model.layers.parameters() if weight.ndim > 1]
-        self.optimizers = build_optimizers(
+        self.optimizers = Optimizers(
             self.model,
             matrices if recipe.optimizer == "muon" else [],
             learning_rate=recipe.learning_rate,
@@ -336,10 +336,7 @@ class LanguageTraining(LanguageRun):
         """One optimiser step; returns losses by modality, ids and the gradient's norm."""
         recipe = self.recipe
         batch = self.ahead.take(step)
-        multiplier = self.learning_rate_share(step)
-        for optimizer, highest in self.optimizers.values():
-            for group in optimizer.param_groups:
-                group["lr"] = highest * multiplier
+        self.optimizers.set_learning_rate_share(self.learning_rate_share(step))
         loss_mask = batch["loss_mask"].to(self.device)
         self.model.zero_grad(set_to_none=True)
         losses = self._backward(batch, loss_mask)
@@ -347,8 +344,7 @@ class LanguageTraining(LanguageRun):
         loss = float(losses.mean())
         admitted = self.guard.admits(step, loss, float(norm))
         if admitted:
-            for optimizer, _ in self.optimizers.values():
-                optimizer.step()
+            self.optimizers.step()
             self.average.update(self.model)
         means = modality_means(losses, batch["modality"].to(self.device), loss_mask, MODALITIES)
         return self.step_metrics(step, batch, {"loss": loss, **means}, float(norm), admitted=admitted)
@@ -371,7 +367,7 @@ class LanguageTraining(LanguageRun):
         return {
             "model": self.model.state_dict(),
             "average": self.average.state_dict(),
-            "optimizers": {name: optimizer.state_dict() for name, (optimizer, _) in self.optimizers.items()},
+            "optimizers": self.optimizers.state_dict(),
             "fingerprint": self.bundle.fingerprint,
             "loader": self.loader.state_dict(),
             "guard": self.guard.state_dict(),
@@ -390,8 +386,7 @@ class LanguageTraining(LanguageRun):
             self.guard.load_state_dict(state["guard"])
         self.model.load_state_dict(state["model"])
         self.average.load_state_dict(state["average"])
-        for name, (optimizer, _) in self.optimizers.items():
-            optimizer.load_state_dict(state["optimizers"][name])
+        self.optimizers.load_state_dict(state["optimizers"])
 
     def export(self, directory: Path) -> None:
         """Write the bundle with the averaged weights."""

@@ -30,7 +30,7 @@ from poet.model.superresolution import UNKNOWN, Upsampler, UpsamplerConfig, spli
 from poet.model.weights import save_upsampler
 from poet.training.ahead import DrawnAhead
 from poet.training.loop import ExponentialMovingAverage, cosine_schedule
-from poet.training.optimizers import build_optimizers
+from poet.training.optimizers import Optimizers
 
 __all__ = ["UpsamplerRecipe", "UpsamplerSize", "UpsamplerTraining"]
 
@@ -166,7 +166,7 @@ class UpsamplerTraining:
         self.average = ExponentialMovingAverage(self.model, recipe.ema_decay)
         self.masks = MaskSampler(recipe.masks)
         matrices = [weight for weight in self.model.layers.parameters() if weight.ndim > 1]
-        self.optimizers = build_optimizers(
+        self.optimizers = Optimizers(
             self.model,
             matrices if recipe.optimizer == "muon" else [],
             learning_rate=recipe.learning_rate,
@@ -181,15 +181,12 @@ class UpsamplerTraining:
         """One optimiser step; returns the loss, the share of hidden codes that were right, and the gradient's norm."""
         recipe = self.recipe
         share = cosine_schedule(step, recipe.warmup_steps, recipe.num_steps, recipe.learning_rate_floor)
-        for optimizer, highest in self.optimizers.values():
-            for group in optimizer.param_groups:
-                group["lr"] = highest * share
+        self.optimizers.set_learning_rate_share(share)
         self.model.zero_grad(set_to_none=True)
         example = self.ahead.take(step)
         losses, right = self._losses(self.model, example, backward=True)
         norm = torch.nn.utils.clip_grad_norm_(self.model.parameters(), recipe.gradient_clip)
-        for optimizer, _ in self.optimizers.values():
-            optimizer.step()
+        self.optimizers.step()
         self.average.update(self.model)
         return {
             "loss": float(losses.mean()),
@@ -219,7 +216,7 @@ class UpsamplerTraining:
         return {
             "model": self.model.state_dict(),
             "average": self.average.state_dict(),
-            "optimizers": {name: optimizer.state_dict() for name, (optimizer, _) in self.optimizers.items()},
+            "optimizers": self.optimizers.state_dict(),
             "fingerprint": self.bundle.fingerprint,
             "num_clips": len(self.pairs),
         }
@@ -243,8 +240,7 @@ class UpsamplerTraining:
             )
         self.model.load_state_dict(state["model"])
         self.average.load_state_dict(state["average"])
-        for name, (optimizer, _) in self.optimizers.items():
-            optimizer.load_state_dict(state["optimizers"][name])
+        self.optimizers.load_state_dict(state["optimizers"])
 
     def export(self, directory: Path) -> None:
         """Write the averaged weights as a bundle's upsampler/."""

@@ -33,7 +33,6 @@ import importlib.metadata
 import json
 import math
 import os
-import platform
 import statistics
 import subprocess
 import sys
@@ -44,9 +43,9 @@ from pathlib import Path
 from typing import Any, Final, NamedTuple
 
 import numpy as np
+from machine import ROOT, commit, hardware
 from numpy.typing import NDArray
 
-ROOT: Final = Path(__file__).resolve().parents[2]
 RECIPE: Final = ROOT / "recipes" / "nano" / "video_tokenizer.yaml"
 PEER: Final = "magvit2-pytorch"
 PEER_REQUIREMENTS: Final = ("magvit2-pytorch==0.5.1", "vector-quantize-pytorch==1.32.0", "torch==2.13.0")
@@ -381,26 +380,6 @@ def measure_quality(workers: Sequence[Worker], options: argparse.Namespace, fold
     }
 
 
-def hardware() -> dict[str, Any]:
-    """The processor by name and how busy the machine is."""
-    cpuinfo = Path("/proc/cpuinfo")
-    lines = cpuinfo.read_text(encoding="utf-8").splitlines() if cpuinfo.exists() else []
-    model = next((line.partition(":")[2].strip() for line in lines if "model name" in line), platform.machine())
-    return {"processor": model, "cores": os.cpu_count(), "threads": 1, "load_average": round(os.getloadavg()[0], 1)}
-
-
-def commit() -> str:
-    """The repository's commit, marked where what is measured differs from it."""
-    training = [f"poet/training/{name}.py" for name in ("config", "loop", "video_tokenizer")]
-    measured = [__file__, str(RECIPE), *training, "tokenizers/poet_tokenizers/magvit2"]
-    try:
-        head = subprocess.check_output(["git", "rev-parse", "--short", "HEAD"], cwd=ROOT, text=True).strip()
-        changed = subprocess.check_output(["git", "status", "--porcelain", "--", *measured], cwd=ROOT, text=True)
-    except (OSError, subprocess.CalledProcessError):
-        return "unknown"
-    return f"{head} with changes" if changed.strip() else head
-
-
 def table(report: Mapping[str, Any]) -> str:
     """The report as text, ratios first."""
     row = "{:46}{:>10}  {:15}{:>9}{:>9}".format
@@ -472,7 +451,9 @@ def main() -> None:
     interpreter = options.peer_environment / "bin" / "python"
     if not interpreter.exists():
         sys.exit(f"{PEER} must be installed in {options.peer_environment}; run this script with --make-environment.")
-    begun = {"commit": commit(), "hardware": hardware()}
+    training = [f"poet/training/{name}.py" for name in ("config", "loop", "video_tokenizer")]
+    measured = ("recipes/benchmarks/*.py", str(RECIPE), *training, "tokenizers/poet_tokenizers/magvit2")
+    begun = {"commit": commit(*measured), "hardware": hardware(threads=1)}
     workers = [Worker("poet", Path(sys.executable)), Worker("peer", interpreter)]
     with tempfile.TemporaryDirectory() as folder:
         sides = {worker.name: worker.ask("describe") for worker in workers}

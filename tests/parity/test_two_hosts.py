@@ -12,34 +12,21 @@ import time
 from pathlib import Path
 
 import pytest
-import yaml
 
-from poet.testing import tiny_bundle, tiny_shards
+from poet.testing import tiny_recipe
 
 SECONDS = 30  # in which the other host must have ended; it notices within three beats of two seconds
 
 
 @pytest.fixture(scope="module")
 def recipe(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    directory = tmp_path_factory.mktemp("recipe")
-    bundle = tiny_bundle(directory / "bundle")
-    shards = str(tiny_shards(bundle, directory / "shards"))
-    size = bundle.model_config
-    names = ("hidden_size", "ffn_hidden_size", "num_layers", "num_heads", "num_kv_heads", "head_dim", "scene_length")
-    values = {
-        "train": "language",
-        "bundle": str(directory / "bundle"),
-        "shards": shards,
-        "validation_shards": shards,
-        "num_steps": 400,
-        "batch_size": 4,
-        "precision": "fp32",
-        "model": {name: getattr(size, name) for name in names},
-        "parallel": {"tensor_parallel_size": 2},
-        "loop": {"log_every": 1, "validate_every": 400, "checkpoint_seconds": 0.5},
-    }
-    (directory / "recipe.yaml").write_text(yaml.safe_dump(values))
-    return directory / "recipe.yaml"
+    return tiny_recipe(
+        tmp_path_factory.mktemp("recipe"),
+        num_steps=400,
+        batch_size=4,
+        parallel={"tensor_parallel_size": 2},
+        loop={"log_every": 1, "validate_every": 400, "checkpoint_seconds": 0.5},
+    )
 
 
 def free_port() -> int:

@@ -1,7 +1,6 @@
 """Canvases through vLLM against the reference: the same ids, greedy and with seeded noise, of all lengths and steps."""
 
 import dataclasses
-import json
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -9,7 +8,6 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from safetensors.torch import save_file
 
 from poet.errors import ConfigError, PoetError
 from poet.generation.canvas import ORDERS, ParallelDecoding, plan_canvas
@@ -17,24 +15,14 @@ from poet.generation.engine import GenerationRequest, TorchEngine
 from poet.generation.maskgit import SCHEDULES
 from poet.generation.sampling import SamplingConfig
 from poet.grammar import check_output, max_output_length
-from poet.model.config import PoetConfig
-from poet.model.transformer import PoetTransformer
 from poet.sequence import output_grammar, output_places, pack_prefix
 from poet.tasks import TASKS
-from poet.testing import random_scene, tiny_geometry, tiny_vocabulary
+from poet.testing import random_scene, save_model, sharp_model, tiny_config, tiny_geometry, tiny_vocabulary
 from poet_serving.engine import VLLMEngine
 
 VOCABULARY = tiny_vocabulary()
-CONFIG = PoetConfig(
-    vocab_size=VOCABULARY.padded_vocab_size,
-    hidden_size=96,
-    ffn_hidden_size=176,
-    num_layers=3,
-    num_heads=6,
-    num_kv_heads=2,
-    head_dim=32,
-    scene_length=512,
-    max_position_embeddings=1024,
+CONFIG = tiny_config(
+    VOCABULARY, hidden_size=96, ffn_hidden_size=176, num_layers=3, num_heads=6, head_dim=32, scene_length=512
 )
 GREEDY = SamplingConfig(temperature=0.0, seed=0)
 PARALLEL_TASKS = [task for task in TASKS.values() if not task.writes_text]
@@ -42,18 +30,7 @@ PARALLEL_TASKS = [task for task in TASKS.values() if not task.writes_text]
 
 @pytest.fixture(scope="module")
 def bundle(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """Weights large enough that attention is sharp and neighbouring logits lie far apart."""
-    torch.manual_seed(11)
-    model = PoetTransformer(CONFIG).eval()
-    for parameter in model.parameters():
-        if parameter.dim() == 1:
-            torch.nn.init.normal_(parameter, mean=1.0, std=0.2)
-        else:
-            torch.nn.init.normal_(parameter, std=2.0 * parameter.shape[1] ** -0.5)
-    directory = tmp_path_factory.mktemp("bundle")
-    (directory / "config.json").write_text(json.dumps(CONFIG.to_huggingface_dict()))
-    save_file(model.state_dict(), directory / "model.safetensors", metadata={"format": "pt"})
-    return directory
+    return save_model(sharp_model(CONFIG, seed=11, gains=True), tmp_path_factory.mktemp("bundle"))
 
 
 @pytest.fixture(scope="module")

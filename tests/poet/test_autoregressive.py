@@ -1,7 +1,6 @@
 """The torch engine and its loop: cached, batched and padded, against one row at a time without a cache."""
 
 import dataclasses
-import json
 import sys
 from collections.abc import Sequence
 from importlib.metadata import EntryPoint
@@ -21,10 +20,9 @@ from poet.generation.sampling import SamplingConfig
 from poet.grammar import GrammarState, Segment, check_output, max_output_length
 from poet.model.attention import SceneLayout
 from poet.model.transformer import PoetTransformer
-from poet.model.weights import save_weights
 from poet.sequence import output_grammar, pack_prefix
 from poet.tasks import TASKS
-from poet.testing import random_scene, tiny_config, tiny_geometry, tiny_vocabulary
+from poet.testing import random_scene, save_model, sharp_model, tiny_config, tiny_geometry, tiny_vocabulary
 
 VOCABULARY = tiny_vocabulary()
 CONFIG = tiny_config(VOCABULARY)
@@ -33,22 +31,12 @@ GREEDY = SamplingConfig(temperature=0)
 
 @pytest.fixture(scope="module")
 def model() -> PoetTransformer:
-    """Weights so large that the likeliest ids are clear."""
-    torch.manual_seed(0)
-    model = PoetTransformer(CONFIG).eval()
-    with torch.no_grad():
-        for parameter in model.parameters():
-            if parameter.dim() > 1:
-                parameter.normal_(std=2 * parameter.shape[1] ** -0.5)
-    return model
+    return sharp_model(CONFIG)
 
 
 @pytest.fixture(scope="module")
 def bundle(model: PoetTransformer, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    directory = tmp_path_factory.mktemp("bundle")
-    save_weights(model, directory / "model.safetensors")
-    (directory / "config.json").write_text(json.dumps(CONFIG.to_huggingface_dict()))
-    return directory
+    return save_model(model, tmp_path_factory.mktemp("bundle"))
 
 
 @pytest.fixture

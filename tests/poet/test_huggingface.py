@@ -17,7 +17,8 @@ from poet.model.attention import SceneLayout
 from poet.model.config import PoetConfig
 from poet.model.huggingface import PoetForCausalLM, PoetHuggingFaceConfig
 from poet.model.transformer import PoetTransformer
-from poet.model.weights import load_transformer, save_weights
+from poet.model.weights import load_transformer
+from poet.testing import save_model, sharp_model
 
 CONFIG = PoetConfig(
     vocab_size=128,
@@ -35,21 +36,11 @@ PROMPTS = [[5, 17, 29, 41, 53, 67, 71], [7, 19, 31], [11, 23, 37, 43, 59]]
 
 
 def build(tied: bool) -> PoetTransformer:
-    torch.manual_seed(3)
-    model = PoetTransformer(dataclasses.replace(CONFIG, tie_embeddings=tied)).eval()
-    with torch.no_grad():
-        for parameter in model.parameters():
-            if parameter.dim() > 1:
-                parameter.normal_(std=2 * parameter.shape[1] ** -0.5)
-    return model
+    return sharp_model(dataclasses.replace(CONFIG, tie_embeddings=tied), seed=3)
 
 
 def save(model: PoetTransformer, directory: Path) -> Path:
-    directory.mkdir(exist_ok=True)
-    save_weights(model, directory / "model.safetensors")
-    content = model.config.to_huggingface_dict(fingerprint="ab" * 32) | {"trained_tasks": TRAINED}
-    (directory / "config.json").write_text(json.dumps(content))
-    return directory
+    return save_model(model, directory, poet_fingerprint="ab" * 32, trained_tasks=TRAINED)
 
 
 @pytest.fixture(scope="module", params=[True, False], ids=["tied", "untied"])

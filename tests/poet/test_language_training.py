@@ -265,7 +265,7 @@ def test_every_weight_is_stepped_by_one_optimiser_and_gains_are_not_decayed(opti
     training = ground.training(optimizer=optimizer)
     groups = [
         (name, group, weight)
-        for name, (each, _) in training.optimizers.items()
+        for name, each in training.optimizers.by_name.items()
         for group in each.param_groups
         for weight in group["params"]
     ]

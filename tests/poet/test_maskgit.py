@@ -29,7 +29,7 @@ from poet.model.attention import SceneLayout
 from poet.model.transformer import PoetTransformer
 from poet.sequence import output_grammar, output_places, pack, pack_prefix, unpack
 from poet.tasks import get_task
-from poet.testing import random_scene, tiny_config, tiny_geometry, tiny_vocabulary
+from poet.testing import random_scene, sharp_model, tiny_config, tiny_geometry, tiny_vocabulary
 
 VOCABULARY = tiny_vocabulary()
 CONFIG = tiny_config(VOCABULARY)
@@ -47,14 +47,7 @@ PLACES = output_places(TASK, VOCABULARY, **SHAPES)
 
 @pytest.fixture(scope="module")
 def model() -> PoetTransformer:
-    """Weights so large that the likeliest ids are clear."""
-    torch.manual_seed(0)
-    model = PoetTransformer(CONFIG).eval()
-    with torch.no_grad():
-        for parameter in model.parameters():
-            if parameter.dim() > 1:
-                parameter.normal_(std=2 * parameter.shape[1] ** -0.5)
-    return model
+    return sharp_model(CONFIG)
 
 
 def prefix(seed: int = 0, *, pieces: int = 7, drop_text: bool = False) -> list[int]:

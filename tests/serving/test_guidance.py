@@ -1,7 +1,6 @@
 """Guided pairs in vLLM: the logits processor on its own, and the scheduler under aborts with a tiny model."""
 
 import dataclasses
-import json
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -16,9 +15,8 @@ from poet.generation.engine import GenerationRequest
 from poet.generation.sampling import SamplingConfig
 from poet.grammar import check_output
 from poet.model.transformer import PoetTransformer
-from poet.model.weights import save_weights
 from poet.sequence import output_grammar
-from poet.testing import tiny_config, tiny_vocabulary
+from poet.testing import save_model, tiny_config, tiny_vocabulary
 from poet_serving.engine import VLLMEngine
 from poet_serving.guidance import GUIDANCE_KEY, GuidanceLogitsProcessor, Half, guidance_arguments
 
@@ -85,11 +83,8 @@ def test_malformed_arguments_are_refused(given: Any) -> None:
 
 @pytest.fixture(scope="module")
 def bundle(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    directory = tmp_path_factory.mktemp("bundle")
     torch.manual_seed(3)
-    (directory / "config.json").write_text(json.dumps(CONFIG.to_huggingface_dict()))
-    save_weights(PoetTransformer(CONFIG), directory / "model.safetensors")
-    return directory
+    return save_model(PoetTransformer(CONFIG), tmp_path_factory.mktemp("bundle"))
 
 
 @pytest.fixture(scope="module")

@@ -1,7 +1,6 @@
 """The vLLM engine as callers see it: one engine for the whole module, a tiny random model."""
 
 import dataclasses
-import json
 import multiprocessing
 from collections.abc import Iterator
 from pathlib import Path
@@ -15,25 +14,13 @@ from poet.generation.engine import Engine, GenerationRequest
 from poet.generation.maskgit import CanvasPlan, Stage
 from poet.generation.sampling import SamplingConfig
 from poet.grammar import Segment, check_output, max_output_length
-from poet.model.config import PoetConfig
 from poet.model.transformer import PoetTransformer
-from poet.model.weights import save_weights
 from poet.sequence import output_grammar
-from poet.testing import tiny_vocabulary
+from poet.testing import save_model, tiny_config, tiny_vocabulary
 from poet_serving.engine import VLLMEngine, check_settings
 
 VOCABULARY = tiny_vocabulary()
-CONFIG = PoetConfig(
-    vocab_size=VOCABULARY.padded_vocab_size,
-    hidden_size=64,
-    ffn_hidden_size=112,
-    num_layers=2,
-    num_heads=4,
-    num_kv_heads=2,
-    head_dim=32,
-    scene_length=256,
-    max_position_embeddings=512,
-)
+CONFIG = tiny_config(VOCABULARY, hidden_size=64, ffn_hidden_size=112, head_dim=32, max_position_embeddings=512)
 VIDEO_AUDIO = output_grammar("text_to_video_audio", VOCABULARY, video_latent_shape=(2, 3, 5), num_audio_latents=7)
 CAPTION = output_grammar("captioning", VOCABULARY, max_text_pieces=37)
 
@@ -47,12 +34,9 @@ def request_of(
 
 @pytest.fixture(scope="module")
 def bundle(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    directory = tmp_path_factory.mktemp("bundle")
     torch.manual_seed(3)
-    content = CONFIG.to_huggingface_dict() | {"trained_tasks": ["captioning", "text_to_video_audio"]}
-    (directory / "config.json").write_text(json.dumps(content))
-    save_weights(PoetTransformer(CONFIG), directory / "model.safetensors")
-    return directory
+    tasks = ["captioning", "text_to_video_audio"]
+    return save_model(PoetTransformer(CONFIG), tmp_path_factory.mktemp("bundle"), trained_tasks=tasks)
 
 
 @pytest.fixture(scope="module")
