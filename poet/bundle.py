@@ -327,21 +327,37 @@ class Bundle:
         directory = self.path / UPSAMPLER_DIRECTORY
         return directory if directory.is_dir() else None
 
-    def load_upsampler(self, device: str = "cpu") -> Upsampler:
+    def load_upsampler(self, device: str = "cpu", dtype: str = "float32") -> Upsampler:
         """Load the super-resolution model.
+
+        Args:
+            device: where its weights shall lie.
+            dtype: what they shall be: "float32" or "bfloat16".
 
         Raises:
             ConfigError: the bundle has none.
             CheckpointError: it is damaged, or belongs to another video tokenizer.
+        """
+        directory = self.check_upsampler()
+        import torch  # which most users of a bundle need not load
+
+        from poet.model.weights import load_upsampler
+
+        checksum = str(self.vocabulary.tokenizers["video"]["checksum"])
+        return load_upsampler(directory, checksum, device=device, dtype=getattr(torch, dtype))
+
+    def check_upsampler(self) -> Path:
+        """The directory of the super-resolution model.
+
+        Raises:
+            ConfigError: the bundle has none.
         """
         if self.upsampler is None:
             raise ConfigError(
                 f"the bundle {self.path} has no upsampler: it cannot write larger pictures. Train one (train: "
                 f"upsampler) and put its export there as {UPSAMPLER_DIRECTORY}/, or leave upsampling out."
             )
-        from poet.model.weights import load_upsampler  # torch, which most users of a bundle need not load
-
-        return load_upsampler(self.upsampler, str(self.vocabulary.tokenizers["video"]["checksum"]), device=device)
+        return self.upsampler
 
     @cached_property
     def upsampler_sha256(self) -> str:

@@ -125,7 +125,8 @@ def generate(
     given = _read_given(settings, bundle, row)
     _check_given(settings, given, row)
     sources = settings.sources()
-    from poet.generation.engine import load_engine  # torch, which takes seconds: only once all that was asked is sound
+    # torch, which takes seconds: only once all that was asked is sound
+    from poet.generation.engine import decodings_for, load_engine
     from poet.generation.pipeline import ClipRequest, Pipeline
     from poet.generation.sampling import SamplingConfig
 
@@ -150,7 +151,9 @@ def generate(
     name = settings.engine or DEFAULT_ENGINE
     _ = bundle.weights_sha256  # of the files that the engine is about to read
     note(f"starting {name} on {bundle.path}")
-    writer = load_engine(name, bundle.path, decodings=["autoregressive" if parallel is None else "parallel"])
+    writer = load_engine(
+        name, bundle.path, decodings=decodings_for(parallel=parallel is not None, upsampling=larger is not None)
+    )
     try:
         pipeline = Pipeline(bundle, writer)
         loaded = time.monotonic()

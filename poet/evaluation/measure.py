@@ -22,7 +22,7 @@ from poet.evaluation.judge import SYNCED_MOTIONS, Verdict, judge, judge_clip
 from poet.evaluation.reconstruction import ReconstructionReport, evaluate_reconstruction
 from poet.evaluation.report import Results, SheetEntry, contact_sheet, tables, write_report
 from poet.generation.canvas import ParallelDecoding
-from poet.generation.engine import load_engine
+from poet.generation.engine import decodings_for, load_engine
 from poet.generation.pipeline import ClipRequest, Pipeline
 from poet.generation.sampling import SamplingConfig
 from poet.generation.upsample import Upsampling
@@ -108,7 +108,9 @@ def generation(
     scores: dict[str, list[dict[str, bool]]] = {}
     ids, seconds = 0, 0.0
     weights = bundle.weights_sha256  # of the files that the engine is about to read
-    writer = load_engine(engine, bundle.path, decodings=["autoregressive" if decoding is None else "parallel"])
+    writer = load_engine(
+        engine, bundle.path, decodings=decodings_for(parallel=decoding is not None, upsampling=upsampling is not None)
+    )
     try:
         pipeline = Pipeline(bundle, writer)
         for split in splits:

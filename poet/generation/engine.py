@@ -1,6 +1,7 @@
 """Who writes the ids: the request that every engine takes, the door to all engines, and the engine in plain PyTorch.
 
-An engine knows ids and grammars. It does not know codes, clips or files (`poet.generation.pipeline`).
+An engine knows ids and grammars, and hands codes to the upsampler. It does not know clips or files
+(`poet.generation.pipeline`).
 """
 
 from collections.abc import Callable, Sequence
@@ -10,18 +11,31 @@ from pathlib import Path
 from types import TracebackType
 from typing import Any, Protocol, Self, runtime_checkable
 
+import numpy as np
 import torch
+from numpy.typing import NDArray
 
+from poet.bundle import Bundle
 from poet.errors import ConfigError, VocabularyError
 from poet.generation.autoregressive import write_outputs
 from poet.generation.maskgit import Canvas, CanvasPlan, fill_canvases
 from poet.generation.sampling import SamplingConfig
+from poet.generation.upsample import UpsamplingRequest, check_upsampling, upsample_codes
 from poet.grammar import Grammar, max_output_length
 from poet.model.config import PoetConfig
 from poet.model.device import parse_device
+from poet.model.superresolution import Upsampler
 from poet.model.weights import load_transformer
 
-__all__ = ["ENTRY_POINT_GROUP", "Engine", "GenerationRequest", "TorchEngine", "check_request", "load_engine"]
+__all__ = [
+    "ENTRY_POINT_GROUP",
+    "Engine",
+    "GenerationRequest",
+    "TorchEngine",
+    "check_request",
+    "decodings_for",
+    "load_engine",
+]
 
 ENTRY_POINT_GROUP = "poet.engines"
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16}
@@ -72,6 +86,24 @@ class Engine(Protocol):
 
         Raises:
             ConfigError: a request that the model cannot take; none has been started then.
+        """
+        ...
+
+    def upsample(
+        self, requests: Sequence[UpsamplingRequest], progress: Callable[[int, int], None] | None = None
+    ) -> list[NDArray[np.int64]]:
+        """Write the codes of pictures again in a larger size, with the bundle's upsampler.
+
+        Args:
+            requests: any number; none at all asks only whether the engine could.
+            progress: called again and again with the codes known and those that there are, over all requests.
+
+        Returns:
+            (T, H, W) codes of each request, in order.
+
+        Raises:
+            ConfigError: the bundle has no upsampler, the engine was started without it, or a request that it cannot
+                take; none has been started then.
         """
         ...
 
@@ -154,13 +186,15 @@ class TorchEngine:
         device: str = "cpu",
         dtype: str = "float32",
         max_batch_size: int = 16,
-        decodings: Sequence[str] = ("autoregressive", "parallel"),
+        decodings: Sequence[str] = ("autoregressive", "parallel", "upsampling"),
     ) -> None:
         if dtype not in DTYPES:
             raise ConfigError(f"dtype must be one of {', '.join(DTYPES)}, got {dtype!r}.")
         if max_batch_size < 1:
             raise ConfigError(f"max_batch_size must be at least 1, got {max_batch_size}.")
         self._model = load_transformer(bundle_dir, device=parse_device(device), dtype=DTYPES[dtype])
+        self._bundle_dir, self._device, self._dtype = Path(bundle_dir), device, dtype
+        self._upsampler: Upsampler | None = None
         self._max_batch_size = max_batch_size
         self._closed = False
 
@@ -206,10 +240,23 @@ class TorchEngine:
         grammars, configs = [one.grammar for one in requests], [one.sampling for one in requests]
         return write_outputs(self._model, prefixes, grammars, configs, guides, progress)
 
+    def upsample(
+        self, requests: Sequence[UpsamplingRequest], progress: Callable[[int, int], None] | None = None
+    ) -> list[NDArray[np.int64]]:
+        """Write the codes of pictures again in a larger size; see `Engine.upsample`."""
+        if self._closed:
+            raise ConfigError("the engine must be open to upsample; it was closed.")
+        if self._upsampler is None:
+            self._upsampler = Bundle.open(self._bundle_dir).load_upsampler(self._device, self._dtype)
+        for index, request in enumerate(requests):
+            check_upsampling(request, self._upsampler.config, index=index)
+        return upsample_codes(self._upsampler, requests, progress, self._max_batch_size)
+
     def close(self) -> None:
         """Release the weights; closing twice does no harm."""
         if not self._closed:
             self._closed = True
+            self._upsampler = None
             del self._model
 
     def __enter__(self) -> Self:
@@ -245,6 +292,11 @@ def load_engine(name: str, bundle_dir: str | Path, **options: Any) -> Engine:
             raise ConfigError(f"the engine {name!r} does not take these options: {error}.") from error
         raise
     return engine
+
+
+def decodings_for(*, parallel: bool, upsampling: bool) -> list[str]:
+    """What an engine must be started with for clips that are written in parallel or not, and made larger or not."""
+    return ["parallel" if parallel else "autoregressive", *(["upsampling"] if upsampling else [])]
 
 
 def _factory(name: str, installed: dict[str, EntryPoint]) -> Any:

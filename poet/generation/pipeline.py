@@ -25,9 +25,8 @@ from poet.errors import ConfigError
 from poet.generation.canvas import ParallelDecoding, plan_canvas
 from poet.generation.engine import Engine, GenerationRequest
 from poet.generation.sampling import SamplingConfig
-from poet.generation.upsample import Upsampling, upsample_codes
+from poet.generation.upsample import Upsampling, UpsamplingRequest
 from poet.media import Clip
-from poet.model.superresolution import Upsampler
 from poet.sequence import Scene, output_grammar, pack_prefix, unpack
 from poet.tasks import ClipParts, Task, get_task
 
@@ -108,7 +107,6 @@ class Pipeline:
         self.text_tokenizer = bundle.text_tokenizer
         self.video_tokenizer = bundle.load_video_tokenizer(device)
         self.audio_tokenizer = bundle.load_audio_tokenizer(device)
-        self._upsampler: Upsampler | None = None
 
     def generate(
         self, requests: Sequence[ClipRequest], progress: Callable[[int, int], None] | None = None
@@ -293,36 +291,24 @@ class Pipeline:
                 f"task {task.name} cannot be upsampled: upsampling is for tasks that write the whole picture. Leave it "
                 "out."
             )
-        if self._upsampler is None:
-            self._upsampler = self.bundle.load_upsampler(self.device)
+        self.bundle.check_upsampler()
+        self.engine.upsample([])  # raises where the engine cannot: now, and not after the long work
 
     def _upsample(
         self, prepared: Sequence[_Prepared], codes: Sequence[NDArray[np.int64] | None]
     ) -> list[NDArray[np.int64] | None]:
-        """The codes of the larger size for those clips that ask for it; clips of one shape go together."""
+        """The codes of the larger size for those clips that ask for it."""
         results = list(codes)
-        groups: dict[tuple[int, ...], list[int]] = defaultdict(list)
+        wanted: dict[int, UpsamplingRequest] = {}
         for place, (item, low) in enumerate(zip(prepared, codes, strict=True)):
-            if item.request.upsampling is not None and low is not None:
-                groups[low.shape].append(place)
-        for group in groups.values():
-            assert self._upsampler is not None
-            for start in range(0, len(group), 8):
-                chosen = group[start : start + 8]
-                texts = [
-                    () if (text := prepared[place].request.text) is None else self._encode_text(text)
-                    for place in chosen
-                ]
-                settings = [
-                    dataclasses.replace(upsampling, seed=prepared[place].request.sampling.seed or 0)
-                    for place in chosen
-                    if (upsampling := prepared[place].request.upsampling) is not None
-                ]
-                low_codes = [low for place in chosen if (low := codes[place]) is not None]
-                for place, high in zip(
-                    chosen, upsample_codes(self._upsampler, low_codes, texts, settings), strict=True
-                ):
-                    results[place] = high
+            asked = item.request
+            if asked.upsampling is not None and low is not None:
+                text = () if asked.text is None else tuple(self._encode_text(asked.text))
+                settings = dataclasses.replace(asked.upsampling, seed=asked.sampling.seed or 0)
+                wanted[place] = UpsamplingRequest(low=low, text=text, settings=settings)
+        if wanted:
+            for place, high in zip(wanted, self.engine.upsample(list(wanted.values())), strict=True):
+                results[place] = high
         return results
 
     def _decode_video(self, codes: Sequence[NDArray[np.int64] | None]) -> list[NDArray[np.uint8] | None]:

@@ -17,6 +17,7 @@ from transformers import (
     AutoModelForCausalLM,
     DynamicCache,
     GenerationMixin,
+    PretrainedConfig,
     PreTrainedModel,
     Qwen3Config,
 )
@@ -27,6 +28,7 @@ from transformers.modeling_outputs import CausalLMOutputWithPast
 from poet.errors import ShapeError
 from poet.model.attention import PADDING, SceneLayout
 from poet.model.config import MODEL_TYPE, PoetConfig
+from poet.model.superresolution import UPSAMPLER_TYPE
 from poet.model.transformer import (
     INITIAL_DEVIATION,
     Backbone,
@@ -37,7 +39,7 @@ from poet.model.transformer import (
 )
 from poet.vocabulary import SPECIAL_NAMES
 
-__all__ = ["PoetForCausalLM", "PoetHuggingFaceConfig"]
+__all__ = ["PoetForCausalLM", "PoetHuggingFaceConfig", "PoetUpsamplerConfig"]
 
 IGNORED = -100
 """The label of places that carry no loss."""
@@ -63,6 +65,39 @@ class PoetHuggingFaceConfig(Qwen3Config):  # type: ignore[no-untyped-call]
     def poet(self) -> PoetConfig:
         """The transformer's shape. Raises ConfigError if it is none."""
         return PoetConfig.from_huggingface_dict(self.to_dict())
+
+
+class PoetUpsamplerConfig(PretrainedConfig):  # type: ignore[no-untyped-call]
+    """An upsampler's config.json as transformers and vLLM read it: its shape under `upsampler`.
+
+    `poet.model.weights.load_upsampler` checks it.
+    """
+
+    model_type = UPSAMPLER_TYPE
+
+    upsampler: dict[str, Any] | None = None
+    video_tokenizer: str = ""
+    max_position_embeddings: int = 2**20  # any grid: the upsampler's positions are those within its windows
+
+    @property
+    def vocab_size(self) -> int:
+        """Video codes, and one id more where none is known."""
+        return 1 + int((self.upsampler or {})["codebook_size"])
+
+    @property
+    def hidden_size(self) -> int:
+        """Channels."""
+        return int((self.upsampler or {})["hidden_size"])
+
+    @property
+    def num_hidden_layers(self) -> int:
+        """Layers."""
+        return int((self.upsampler or {})["num_layers"])
+
+    @property
+    def num_attention_heads(self) -> int:
+        """Heads of a layer."""
+        return int((self.upsampler or {})["num_heads"])
 
 
 class PoetForCausalLM(PreTrainedModel, GenerationMixin):  # type: ignore[no-untyped-call]

@@ -34,6 +34,10 @@ __all__ = ["UNKNOWN", "Upsampler", "UpsamplerConfig", "merge_factors", "split_fa
 UNKNOWN: Final = -1
 """Stands in a canvas where no code is known."""
 
+UPSAMPLER_ARCHITECTURE: Final = "PoetUpsampler"
+UPSAMPLER_TYPE: Final = "poet_upsampler"
+"""What a config.json calls the upsampler: Hugging Face's `architectures` and `model_type`."""
+
 LARGEST_FACTOR: Final = 2**12
 """Values of a factor at most: above it a softmax over whole codes would be most of the model."""
 

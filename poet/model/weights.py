@@ -14,13 +14,12 @@ from torch import Tensor, nn
 
 from poet.errors import CheckpointError, ConfigError
 from poet.model.config import PoetConfig
-from poet.model.superresolution import Upsampler, UpsamplerConfig
+from poet.model.superresolution import UPSAMPLER_ARCHITECTURE, UPSAMPLER_TYPE, Upsampler, UpsamplerConfig
 from poet.model.transformer import PoetTransformer
 
 __all__ = ["load_transformer", "load_upsampler", "save_upsampler", "save_weights"]
 
 WEIGHTS_FILE = "model.safetensors"
-UPSAMPLER_KIND = "poet_upsampler"
 
 M = TypeVar("M", bound=nn.Module)
 
@@ -73,7 +72,13 @@ def save_upsampler(model: Upsampler, directory: str | Path, video_checksum: str,
     """
     directory = Path(directory)
     directory.mkdir(parents=True, exist_ok=True)
-    content = {"kind": UPSAMPLER_KIND, "config": model.config.to_dict(), "video_tokenizer": video_checksum}
+    content = {
+        "architectures": [UPSAMPLER_ARCHITECTURE],
+        "model_type": UPSAMPLER_TYPE,
+        "dtype": str(dtype).removeprefix("torch."),
+        "upsampler": model.config.to_dict(),
+        "video_tokenizer": video_checksum,
+    }
     (directory / "config.json").write_text(json.dumps(content, indent=2) + "\n", encoding="utf-8")
     tensors = {name: tensor.detach().to("cpu", dtype).contiguous() for name, tensor in model.state_dict().items()}
     save_file(tensors, directory / WEIGHTS_FILE, metadata={"format": "pt"})
@@ -100,8 +105,8 @@ def load_upsampler(
     """
     directory = Path(directory)
     content = _read_json(directory / "config.json")
-    config = content.get("config")
-    if content.get("kind") != UPSAMPLER_KIND or not isinstance(config, dict):
+    config = content.get("upsampler")
+    if content.get("model_type") != UPSAMPLER_TYPE or not isinstance(config, dict):
         raise CheckpointError(f"{directory / 'config.json'} must describe an upsampler, it does not. Export it again.")
     if content.get("video_tokenizer") != video_checksum:
         raise CheckpointError(

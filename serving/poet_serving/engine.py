@@ -5,7 +5,8 @@ engine for everybody, and a prompt that does not fit one step would wait for eve
 
 vLLM usually spawns a process for its engine and one for its worker, each of which imports everything again. For one
 small model on a CPU both are loss: here they run in this process (serving/README.md, decision 1), so nothing is left
-behind at Ctrl-C. This module knows ids and grammars; codes, clips and files belong to `poet.generation.pipeline`.
+behind at Ctrl-C. This module knows ids and grammars, and hands codes to the upsampler; clips and files belong to
+`poet.generation.pipeline`.
 """
 
 import contextlib
@@ -13,6 +14,7 @@ import copy
 import gc
 import json
 import logging
+import math
 import os
 import random
 import secrets
@@ -25,16 +27,20 @@ from typing import Any, Self
 
 import numpy as np
 import torch
+from numpy.typing import NDArray
 from safetensors import SafetensorError
 
+from poet.bundle import Bundle
 from poet.errors import CheckpointError, ConfigError, PoetError
 from poet.generation.engine import GenerationRequest, check_request
 from poet.generation.sampling import fold_seed
+from poet.generation.upsample import UpsamplingRequest, check_upsampling
 from poet.grammar import max_output_length
 from poet.model.config import PoetConfig
 
 __all__ = ["VLLMEngine", "check_settings"]
 
+DECODINGS = ("autoregressive", "parallel", "upsampling")
 BLOCK_SIZE = 128
 """Ids in one page of the cache; the CPU kernels want a multiple of 32."""
 
@@ -64,8 +70,9 @@ class VLLMEngine:
             length fit and none is ever preempted.
         num_threads: Threads of a step; None: one for a model of less than `SMALL_MODEL` parameters, else as many as
             PyTorch has. They are the caller's again between calls.
-        decodings: "autoregressive" (one id after another), "parallel" (many ids at once, `poet_serving.maskgit`), or
-            both, each of which holds the weights once.
+        decodings: one or more of "autoregressive" (one id after another), "parallel" (many ids at once,
+            `poet_serving.maskgit`), each of which holds the weights once, and "upsampling" (pictures in a larger size,
+            `poet_serving.superresolution`), which needs a whole bundle.
 
     Raises:
         CheckpointError: The directory holds no model.
@@ -87,8 +94,9 @@ class VLLMEngine:
     ) -> None:
         self._vllm: Any = None
         self._canvases: Any = None
-        if not decodings or set(decodings) - {"autoregressive", "parallel"}:
-            raise ConfigError(f"decodings must be 'autoregressive', 'parallel' or both, got {list(decodings)}.")
+        self._upsampler: Any = None
+        if not decodings or set(decodings) - set(DECODINGS):
+            raise ConfigError(f"decodings must be one or more of {', '.join(DECODINGS)}, got {list(decodings)}.")
         self._config = _read_config(Path(bundle_dir))
         if dtype not in ("auto", "float32", "bfloat16"):
             raise ConfigError(f"dtype must be 'auto', 'float32' or 'bfloat16', got {dtype!r}.")
@@ -129,6 +137,8 @@ class VLLMEngine:
                 self._vllm = _start(common | cached)
             if "parallel" in decodings:
                 self._canvases = _start(common | _canvas_arguments(max(2, max_num_seqs) * longest))
+            if "upsampling" in decodings:
+                self._upsampler = self._start_upsampler(Path(bundle_dir), common)
         except BaseException as error:
             self.close()
             damaged = (ValueError, KeyError, RuntimeError, OSError, SafetensorError)
@@ -142,6 +152,20 @@ class VLLMEngine:
         except ConfigError:
             self.close()
             raise
+
+    def _start_upsampler(self, bundle_dir: Path, common: dict[str, Any]) -> Any:
+        """vLLM with the bundle's upsampler, for clips of the bundle's length and size."""
+        bundle = Bundle.open(bundle_dir)
+        # Loaded once by the reference's own code, which checks more than vLLM does.
+        self._upsampler_config = bundle.load_upsampler().config
+        places = math.prod(bundle.geometry().latent_shape) * self._upsampler_config.scale**2
+        own = {
+            "model": str(bundle.check_upsampler()),
+            "runner": "pooling",
+            "max_model_len": places,
+            "max_num_batched_tokens": self._max_num_seqs * places,
+        }
+        return _start(common | own)
 
     def _block_bytes(self, dtype: str) -> int:
         numbers = 2 * self._config.num_layers * self._config.num_kv_heads * self._config.head_dim * BLOCK_SIZE
@@ -171,9 +195,7 @@ class VLLMEngine:
         longest = [max_output_length(request.grammar) for request in requests]
         total, first = sum(longest), sum(longest[index] for index in in_turn)
         written: dict[int, list[int]] = {}
-        threads_before = torch.get_num_threads()
-        torch.set_num_threads(self._num_threads or threads_before)
-        try:
+        with self._own_threads():
             if in_turn:
                 chosen = [requests[index] for index in in_turn]
                 advance = None if progress is None else lambda done, _: progress(done, total)
@@ -185,9 +207,52 @@ class VLLMEngine:
                 advance = None if progress is None else lambda done, _: progress(first + done, total)
                 filled = fill_canvases(self._canvases, chosen, self._max_num_seqs, advance)
                 written |= zip(at_once, filled, strict=True)
-        finally:
-            torch.set_num_threads(threads_before)
         return [written[index] for index in range(len(requests))]
+
+    def upsample(
+        self, requests: Sequence[UpsamplingRequest], progress: Callable[[int, int], None] | None = None
+    ) -> list[NDArray[np.int64]]:
+        """Write the codes of pictures again in a larger size, as many at once as `max_num_seqs` allows.
+
+        Args:
+            requests: Codes of the smaller size with their texts and settings.
+            progress: Called after every step with the codes known and those that there are, over all requests.
+
+        Returns:
+            (T, H, W) codes of every request, in order.
+
+        Raises:
+            ConfigError: The engine was started without upsampling, or a request that the upsampler cannot take; no
+                request has been started then.
+        """
+        if self._upsampler is None:
+            raise ConfigError(
+                "the engine must be open and have been started with upsampling to upsample. Name it in the engine's "
+                "decodings."
+            )
+        longest = self._upsampler.vllm_config.model_config.max_model_len
+        for index, request in enumerate(requests):
+            check_upsampling(request, self._upsampler_config, index=index)
+            places = request.low.size * self._upsampler_config.scale**2
+            if places > longest:
+                raise ConfigError(
+                    f"request {index}: the larger picture must have at most {longest} codes, as many as the bundle's "
+                    f"clips, got {places}. Cut it into shorter clips."
+                )
+        from poet_serving.superresolution import upsample_codes
+
+        with self._own_threads():
+            return upsample_codes(self._upsampler, requests, self._upsampler_config, self._max_num_seqs, progress)
+
+    @contextlib.contextmanager
+    def _own_threads(self) -> Iterator[None]:
+        """Give a step the engine's number of threads, and the caller its own again."""
+        before = torch.get_num_threads()
+        torch.set_num_threads(self._num_threads or before)
+        try:
+            yield
+        finally:
+            torch.set_num_threads(before)
 
     def _write(
         self, requests: Sequence[GenerationRequest], progress: Callable[[int, int], None] | None
@@ -283,8 +348,8 @@ class VLLMEngine:
 
     def close(self) -> None:
         """Release the model and the cache; closing twice does no harm."""
-        engines = [engine for engine in (self._vllm, self._canvases) if engine is not None]
-        self._vllm = self._canvases = None
+        engines = [engine for engine in (self._vllm, self._canvases, self._upsampler) if engine is not None]
+        self._vllm = self._canvases = self._upsampler = None
         for engine in engines:
             engine.engine_core.shutdown()
         if engines:
@@ -368,14 +433,16 @@ def _start(arguments: dict[str, Any]) -> Any:
         from poet_serving.grammar import GrammarLogitsProcessor
         from poet_serving.guidance import GuidanceLogitsProcessor
         from poet_serving.maskgit import PoetForCanvas
-        from poet_serving.plugin import ARCHITECTURE, CANVAS_ARCHITECTURE, register
+        from poet_serving.plugin import ARCHITECTURE, CANVAS_ARCHITECTURE, UPSAMPLER_ARCHITECTURE, register
         from poet_serving.repetition import RepetitionLogitsProcessor
         from poet_serving.scheduler import PairScheduler
+        from poet_serving.superresolution import PoetUpsampler
         from poet_serving.vllm_model import PoetForCausalLM
 
         # As classes: named by strings, they would be imported in a process of their own first, to be inspected.
         ModelRegistry.register_model(ARCHITECTURE, PoetForCausalLM)
         ModelRegistry.register_model(CANVAS_ARCHITECTURE, PoetForCanvas)
+        ModelRegistry.register_model(UPSAMPLER_ARCHITECTURE, PoetUpsampler)
         register()
         overrides = arguments.pop("hf_overrides", {}) | {PROMPT_LENGTHS_KEY: 1}
         if arguments.get("runner") != "pooling":

@@ -7,21 +7,26 @@ nor this package's.
 
 from transformers import AutoConfig
 
-from poet.model.huggingface import PoetHuggingFaceConfig
+from poet.model.huggingface import PoetHuggingFaceConfig, PoetUpsamplerConfig
+from poet.model.superresolution import UPSAMPLER_ARCHITECTURE
 
-__all__ = ["ARCHITECTURE", "CANVAS_ARCHITECTURE", "CANVAS_MODEL_CLASS", "MODEL_CLASS", "register"]
+__all__ = ["ARCHITECTURE", "CANVAS_ARCHITECTURE", "MODEL_CLASSES", "UPSAMPLER_ARCHITECTURE", "register"]
 
 ARCHITECTURE = "PoetForCausalLM"
 CANVAS_ARCHITECTURE = "PoetForCanvas"
-MODEL_CLASS = "poet_serving.vllm_model:PoetForCausalLM"
-CANVAS_MODEL_CLASS = "poet_serving.maskgit:PoetForCanvas"
+MODEL_CLASSES = {
+    ARCHITECTURE: "poet_serving.vllm_model:PoetForCausalLM",
+    CANVAS_ARCHITECTURE: "poet_serving.maskgit:PoetForCanvas",
+    UPSAMPLER_ARCHITECTURE: "poet_serving.superresolution:PoetUpsampler",
+}
 
 
 def register() -> None:
-    """Register the `poet` configuration with transformers and both models with vLLM; twice does no harm."""
+    """Register Poet's configurations with transformers and its models with vLLM; twice does no harm."""
     from vllm import ModelRegistry  # here, not above: this module is also imported where vLLM is not installed
 
-    AutoConfig.register(PoetHuggingFaceConfig.model_type, PoetHuggingFaceConfig, exist_ok=True)
-    for architecture, model_class in ((ARCHITECTURE, MODEL_CLASS), (CANVAS_ARCHITECTURE, CANVAS_MODEL_CLASS)):
+    for config in (PoetHuggingFaceConfig, PoetUpsamplerConfig):
+        AutoConfig.register(config.model_type, config, exist_ok=True)
+    for architecture, model_class in MODEL_CLASSES.items():
         if architecture not in ModelRegistry.get_supported_archs():
             ModelRegistry.register_model(architecture, model_class)

@@ -13,7 +13,7 @@ from hypothesis import strategies as st
 
 from poet.errors import CheckpointError, ConfigError, ShapeError
 from poet.generation.sampling import SamplingConfig
-from poet.generation.upsample import Upsampling, draw_codes, upsample_codes
+from poet.generation.upsample import Upsampling, UpsamplingRequest, check_upsampling, draw_codes, upsample_codes
 from poet.model.superresolution import UNKNOWN, Upsampler, UpsamplerConfig, _Windows, merge_factors, split_factors
 from poet.model.weights import load_upsampler, save_upsampler
 
@@ -180,6 +180,10 @@ def codes(seed: int, config: UpsamplerConfig = CONFIG) -> np.ndarray[Any, np.dty
     return np.random.default_rng(seed).integers(0, config.codebook_size, (T, H // 2, W // 2))
 
 
+def request(low: np.ndarray[Any, np.dtype[np.int64]], text: tuple[int, ...] = (), **settings: Any) -> UpsamplingRequest:
+    return UpsamplingRequest(low=low, text=text, settings=Upsampling(**settings))
+
+
 @pytest.mark.parametrize("codebook_size", [32, 2**14])
 def test_canvases_are_filled_with_codes_alike_alone_and_among_others(codebook_size: int) -> None:
     config = dataclasses.replace(CONFIG, codebook_size=codebook_size, num_factors=None)
@@ -193,21 +197,35 @@ def test_canvases_are_filled_with_codes_alike_alone_and_among_others(codebook_si
         Upsampling(num_steps=5, seed=3, text_guidance=1.5, low_guidance=2.0, schedule="linear"),
     ]
     seen: list[tuple[int, int]] = []
-    together = upsample_codes(model, low, texts, chosen, lambda done, total: seen.append((done, total)))
+    requests = [
+        UpsamplingRequest(low=given, text=text, settings=settings)
+        for given, text, settings in zip(low, texts, chosen, strict=True)
+    ]
+    together = upsample_codes(model, requests, lambda done, total: seen.append((done, total)))
     for number, found in enumerate(together):
         assert found.shape == (T, H, W)
         assert 0 <= found.min() <= found.max() < codebook_size
-        [alone] = upsample_codes(model, [low[number]], [texts[number]], [chosen[number]])
+        [alone] = upsample_codes(model, [requests[number]])
         np.testing.assert_array_equal(alone, found)
     assert len(seen) == 9
     assert seen[-1] == (4 * T * H * W, 4 * T * H * W)
-    assert upsample_codes(model, [], [], []) == []
+    assert upsample_codes(model, []) == []
+
+
+def test_clips_of_several_shapes_and_more_than_a_batch_are_written_as_if_each_were_alone() -> None:
+    model = build()
+    requests = [
+        request(codes(number)[: 1 + number % 2], (number,), num_steps=2 + number, seed=number) for number in range(5)
+    ]
+    together = upsample_codes(model, requests, max_batch_size=3)
+    for one, found in zip(requests, together, strict=True):
+        np.testing.assert_array_equal(upsample_codes(model, [one])[0], found)
 
 
 def test_one_step_takes_the_likeliest_code_of_every_place() -> None:
     model = build()
     low = codes(0)
-    [found] = upsample_codes(model, [low], [(3, 4)], [Upsampling(num_steps=1, temperature=0.0)])
+    [found] = upsample_codes(model, [request(low, (3, 4), num_steps=1, temperature=0.0)])
     with torch.inference_mode():
         states = model(
             torch.full((1, T, H, W), UNKNOWN), torch.from_numpy(low)[None], torch.tensor([[3, 4]]), torch.tensor([2])
@@ -220,7 +238,7 @@ def test_guidance_moves_away_from_what_it_leaves_out() -> None:
     model, low = build(), codes(0)
 
     def made(**options: Any) -> np.ndarray[Any, np.dtype[np.int64]]:
-        return upsample_codes(model, [low], [(1, 2)], [Upsampling(num_steps=4, seed=1, **options)])[0]
+        return upsample_codes(model, [request(low, (1, 2), num_steps=4, seed=1, **options)])[0]
 
     plain = made()
     np.testing.assert_array_equal(made(text_guidance=1.0, low_guidance=1.0), plain)
@@ -246,8 +264,8 @@ def test_guided_logits_are_those_of_the_formula(text: float, low: float, noise: 
     no_text = logits(with_low=True, with_text=keeps)
     nothing = logits(with_low=False, with_text=keeps)
     expected = nothing + low * (no_text - nothing) + text * (whole - no_text)
-    settings = Upsampling(num_steps=1, temperature=0.0, text_guidance=text, low_guidance=low, noise_level=noise)
-    [found] = upsample_codes(model, [codes(0)], [(1, 2)], [settings])
+    options = {"text_guidance": text, "low_guidance": low, "noise_level": noise}
+    [found] = upsample_codes(model, [request(codes(0), (1, 2), num_steps=1, temperature=0.0, **options)])
     np.testing.assert_array_equal(found.ravel(), expected.argmax(-1).numpy())
 
 
@@ -313,8 +331,14 @@ def test_what_does_not_fit_together_is_refused() -> None:
         model(**(given | {"low": given["low"][:, :, :2]}))
     with pytest.raises(ShapeError, match="text_lengths"):
         model(**(given | {"text_lengths": torch.tensor([1])}))
-    with pytest.raises(ShapeError, match="one shape"):
-        upsample_codes(model, [codes(0), codes(0)[:1]], [(), ()], [Upsampling(), Upsampling()])
+    for bad, words in (
+        (request(codes(0)[0]), r"shape \(T, h, w\)"),
+        (request(codes(0).astype(np.float32)), "got float32"),
+        (request(codes(0) - 1), r"every code must be in \[0, 32\), got -1"),
+        (request(codes(0), (1, 10_000)), "every text piece"),
+    ):
+        with pytest.raises(ConfigError, match=words):
+            check_upsampling(bad, CONFIG, index=3)
     with pytest.raises(ConfigError, match="must have the keys"):
         UpsamplerConfig.from_dict({"codebook_size": 4})
     assert UpsamplerConfig.from_dict(CONFIG.to_dict()) == CONFIG
