@@ -38,11 +38,13 @@ __all__ = [
     "SCHEDULES",
     "Canvas",
     "CanvasPlan",
+    "Logits",
     "Schedule",
     "Stage",
     "check_steps",
     "draw_places",
     "fill_canvases",
+    "guided_logits",
     "step_generator",
     "unknown_after",
 ]
@@ -260,13 +262,19 @@ def step_generator(sampling: SamplingConfig, step: int, *, stream: int) -> torch
     return torch.Generator().manual_seed(int(state[0]))
 
 
+Logits = Callable[[slice, slice], Tensor]
+"""The logits of some of the places that a step asks for, and of some ids: (places, ids) of any floating dtype."""
+
+
 def draw_places(
-    logits: Tensor, low: NDArray[np.int64], high: NDArray[np.int64], sampling: SamplingConfig, step: int
+    logits: Logits, low: NDArray[np.int64], high: NDArray[np.int64], sampling: SamplingConfig, step: int
 ) -> tuple[NDArray[np.int64], NDArray[np.float32]]:
     """Draw an id for every place that a step asks for, each within its range.
 
+    Only the logits of legal ids are asked for: most of a vocabulary is legal nowhere on a canvas's place.
+
     Args:
-        logits: (N, V) of any floating dtype, guidance already in them.
+        logits: of the N places and V ids, guidance already in them.
         low: (N,) int64.
         high: (N,) int64.
         sampling: temperature, top-k, top-p and seed.
@@ -279,17 +287,23 @@ def draw_places(
     generator = None if sampling.greedy else step_generator(sampling, step, stream=0)
     for start, stop in _runs(low, high):
         floor = int(low[start])
-        scores = logits[start:stop, floor : int(high[start])].float().log_softmax(-1)
+        scores = logits(slice(start, stop), slice(floor, int(high[start]))).float().log_softmax(-1)
         if generator is None:
             chosen = scores.argmax(-1)
         else:
-            kept = keep_likeliest(scores / sampling.temperature, [sampling] * len(scores))
-            noise = torch.empty(kept.shape).exponential_(generator=generator)
-            noise.clamp_(min=torch.finfo(noise.dtype).tiny)
-            chosen = (kept - noise.to(kept.device).log()).argmax(-1)
+            chosen = _draw(keep_likeliest(scores / sampling.temperature, [sampling] * len(scores)), generator)
         ids[start:stop] = (chosen + floor).cpu().numpy()
         sure[start:stop] = scores.gather(1, chosen[:, None])[:, 0].cpu().numpy()
     return ids, sure
+
+
+def _draw(scores: Tensor, generator: torch.Generator) -> Tensor:
+    """(N, W) logits to (N,) places of them, each drawn with one random number: where it falls among the shares."""
+    shares = scores.double().softmax(-1).cumsum(-1)
+    level = torch.rand(len(scores), 1, dtype=torch.float64, generator=generator).to(shares.device) * shares[:, -1:]
+    # Rounding must not lead behind the last id that has a share.
+    last = (shares < shares[:, -1:]).sum(-1, keepdim=True)
+    return torch.searchsorted(shares, level, right=True).minimum(last)[:, 0]
 
 
 def _runs(low: NDArray[np.int64], high: NDArray[np.int64]) -> Iterator[tuple[int, int]]:
@@ -332,7 +346,7 @@ def fill_canvases(
             if row in guided:
                 number = len(waiting) + guided.index(row)
                 steered_from = _logits_before(model, hidden[number], len(rows[number][0]) + asked)
-                logits = guide(logits, steered_from, [canvas.sampling.guidance_scale] * len(asked))
+                logits = guided_logits(logits, steered_from, canvas.sampling.guidance_scale)
             canvas.settle(*draw_places(logits, canvas.low[asked], canvas.high[asked], canvas.sampling, canvas.step))
         if progress is not None:
             progress(sum(canvas.num_known for canvas in canvases))
@@ -352,6 +366,17 @@ def _hidden(model: PoetTransformer, rows: Sequence[Sequence[int]]) -> Tensor:
     return hidden
 
 
-def _logits_before(model: PoetTransformer, hidden: Tensor, places: NDArray[np.int64]) -> Tensor:
-    """(N, V): the prediction for a place is read one place before it."""
-    return model.logits(hidden[torch.from_numpy(places - 1).to(hidden.device)])
+def _logits_before(model: PoetTransformer, hidden: Tensor, places: NDArray[np.int64]) -> Logits:
+    """The prediction for a place is read one place before it."""
+    states = hidden[torch.from_numpy(places - 1).to(hidden.device)]
+    return lambda places, ids: model.logits(states[places], ids)
+
+
+def guided_logits(logits: Logits, steered_from: Logits, scale: float) -> Logits:
+    """Both together under guidance, see `poet.generation.sampling.guide`."""
+
+    def mixed(places: slice, ids: slice) -> Tensor:
+        first = logits(places, ids)
+        return guide(first, steered_from(places, ids), [scale] * len(first))
+
+    return mixed

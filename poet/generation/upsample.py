@@ -207,7 +207,8 @@ def draw_codes(logits: Tensor, sampling: SamplingConfig, step: int) -> tuple[Cod
     """
     count, factors, values = logits.shape
     low, high = np.zeros(count * factors, np.int64), np.full(count * factors, values)
-    drawn, sure = draw_places(logits.flatten(0, 1), low, high, sampling, step)
+    flat = logits.flatten(0, 1)
+    drawn, sure = draw_places(lambda places, codes: flat[places, codes], low, high, sampling, step)
     return drawn.reshape(count, factors), sure.reshape(count, factors).sum(1)
 
 

@@ -33,6 +33,7 @@ __all__ = [
 ]
 
 INITIAL_DEVIATION = 0.02
+ALL_IDS = slice(None)
 
 
 class LayerCache:
@@ -250,10 +251,10 @@ class PoetTransformer(nn.Module):
         hidden: Tensor = self.model(ids, layout, positions, cache)
         return hidden
 
-    def logits(self, hidden: Tensor) -> Tensor:
-        """Score every id of the vocabulary; (..., C) to (..., V). Hand in only the places that are needed."""
+    def logits(self, hidden: Tensor, ids: slice = ALL_IDS) -> Tensor:
+        """Score the vocabulary, or a run of its ids; (..., C) to (..., V). Hand in only the places that are needed."""
         head = self.model.embed_tokens if self.lm_head is None else self.lm_head
-        return functional.linear(hidden, head.weight)
+        return functional.linear(hidden, head.weight[ids])
 
 
 def initialise(model: nn.Module, config: PoetConfig) -> None:

@@ -41,6 +41,9 @@ from poet.model.config import PoetConfig
 __all__ = ["VLLMEngine", "check_settings"]
 
 DECODINGS = ("autoregressive", "parallel", "upsampling")
+NO_CACHE = {"runner": "pooling", "kv_cache_memory_bytes": 2**20}
+"""What vLLM is told of a model without a cache. Left to itself it wants most of the machine's memory to be free."""
+
 BLOCK_SIZE = 128
 """Ids in one page of the cache; the CPU kernels want a multiple of 32."""
 
@@ -161,11 +164,10 @@ class VLLMEngine:
         places = math.prod(bundle.geometry().latent_shape) * self._upsampler_config.scale**2
         own = {
             "model": str(bundle.check_upsampler()),
-            "runner": "pooling",
             "max_model_len": places,
             "max_num_batched_tokens": self._max_num_seqs * places,
         }
-        return _start(common | own)
+        return _start(common | NO_CACHE | own)
 
     def _block_bytes(self, dtype: str) -> int:
         numbers = 2 * self._config.num_layers * self._config.num_kv_heads * self._config.head_dim * BLOCK_SIZE
@@ -405,8 +407,7 @@ def _canvas_arguments(budget: int) -> dict[str, Any]:
     """What vLLM is told besides for canvases: a model without a cache, which reads `budget` ids a step at most."""
     from poet_serving.plugin import CANVAS_ARCHITECTURE
 
-    return {
-        "runner": "pooling",
+    return NO_CACHE | {
         "max_num_batched_tokens": budget,
         "hf_overrides": {"architectures": [CANVAS_ARCHITECTURE]},
     }

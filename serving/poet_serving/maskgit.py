@@ -21,16 +21,18 @@ from typing import Any, Final
 import numpy as np
 import torch
 from torch import Tensor
+from torch.nn import functional
 from vllm import PoolingParams
 from vllm.config import VllmConfig
+from vllm.distributed import get_tensor_model_parallel_world_size
 from vllm.model_executor.layers.pooler.abstract import Pooler
 from vllm.model_executor.models.interfaces_base import attn_type, default_pooling_type
 from vllm.v1.pool.metadata import PoolingMetadata
 
 from poet.errors import PoetError
 from poet.generation.engine import GenerationRequest
-from poet.generation.maskgit import Canvas, draw_places
-from poet.generation.sampling import SamplingConfig, guide
+from poet.generation.maskgit import Canvas, Logits, draw_places, guided_logits
+from poet.generation.sampling import SamplingConfig
 from poet_serving.guidance import Half, guidance_arguments, half_of_arguments
 from poet_serving.vllm_model import BidirectionalDecoderLayer, PoetForCausalLM
 
@@ -62,10 +64,10 @@ class CanvasPooler(Pooler):  # type: ignore[misc]
     """Draws the ids that each request of a step asks for.
 
     Args:
-        logits: (N, C) hidden states to (N, V) logits.
+        logits: (N, C) hidden states and a run of ids to the logits of those.
     """
 
-    def __init__(self, logits: Callable[[Tensor], Tensor]) -> None:
+    def __init__(self, logits: Callable[[Tensor, slice], Tensor]) -> None:
         super().__init__()
         self._logits = logits
 
@@ -102,7 +104,7 @@ class CanvasPooler(Pooler):  # type: ignore[misc]
                 if other is None:
                     raise _apart(half.pair)
                 steered_from = self._before(hidden_states, int(starts[other]), asked[other][0])
-                logits = guide(logits, steered_from, [half.scale] * len(logits))
+                logits = guided_logits(logits, steered_from, half.scale)
             sampling = SamplingConfig(**{name: canvas[name] for name in ("temperature", "top_k", "top_p", "seed")})
             low, high = np.array(canvas["low"]), np.array(canvas["high"])
             ids, sure = draw_places(logits, low, high, sampling, canvas["step"])
@@ -111,10 +113,11 @@ class CanvasPooler(Pooler):  # type: ignore[misc]
             raise _apart(next(iter(guides)))
         return answers
 
-    def _before(self, hidden_states: Tensor, start: int, canvas: Mapping[str, Any]) -> Tensor:
-        """(N, V): the prediction for a place is read one place before it."""
+    def _before(self, hidden_states: Tensor, start: int, canvas: Mapping[str, Any]) -> Logits:
+        """The prediction for a place is read one place before it."""
         places = torch.tensor(canvas["places"], dtype=torch.int64, device=hidden_states.device) + (start - 1)
-        return self._logits(hidden_states[places])
+        states = hidden_states[places]
+        return lambda places, ids: self._logits(states[places], ids)
 
     @staticmethod
     def _of_request(params: PoolingParams) -> tuple[Mapping[str, Any], Half | None]:
@@ -140,7 +143,14 @@ class PoetForCanvas(PoetForCausalLM):
 
     def __init__(self, *, vllm_config: VllmConfig, prefix: str = "") -> None:
         super().__init__(vllm_config=vllm_config, prefix=prefix)
-        self.pooler = CanvasPooler(self.compute_logits)
+        self.pooler = CanvasPooler(self._score)
+
+    def _score(self, hidden_states: Tensor, ids: slice) -> Tensor:
+        """(N, C) to the logits of a run of ids."""
+        if get_tensor_model_parallel_world_size() > 1:  # each rank holds a part of the vocabulary
+            scores: Tensor = self.compute_logits(hidden_states)[:, ids]
+            return scores
+        return functional.linear(hidden_states, self.lm_head.weight[ids])
 
 
 def fill_canvases(

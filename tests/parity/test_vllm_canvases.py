@@ -183,7 +183,7 @@ def test_vllms_own_requests_which_ask_for_nothing_are_answered() -> None:
         pooling_states=[],
     )
     metadata.build_pooling_cursor(np.array([3, 4]), torch.tensor([3, 4]), torch.device("cpu"))
-    pooler = CanvasPooler(lambda hidden: hidden.new_zeros(len(hidden), CONFIG.vocab_size))
+    pooler = CanvasPooler(lambda hidden, ids: hidden.new_zeros(len(hidden), CONFIG.vocab_size)[:, ids])
     assert [tuple(answer.shape) for answer in pooler.forward(torch.zeros(7, 4), metadata)] == [(0, 2), (0, 2)]
 
 
@@ -199,7 +199,7 @@ def test_a_request_that_is_parted_from_its_guide_stops_the_engine_rather_than_wr
     assert asked.canvas is not None
     canvas = Canvas(asked.grammar, asked.canvas, asked.sampling)
     length = len(asked.prefix_ids) + len(canvas.ids)
-    pooler = CanvasPooler(lambda hidden: hidden.new_zeros(len(hidden), CONFIG.vocab_size))
+    pooler = CanvasPooler(lambda hidden, ids: hidden.new_zeros(len(hidden), CONFIG.vocab_size)[:, ids])
     for is_guide in (False, True):
         arguments = canvas_arguments(len(asked.prefix_ids), canvas) | guidance_arguments(Half("a", is_guide, 2.0))
         params = PoolingParams(task="token_classify", extra_kwargs=arguments)

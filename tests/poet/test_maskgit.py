@@ -18,6 +18,7 @@ from poet.generation.maskgit import (
     UNKNOWN,
     Canvas,
     CanvasPlan,
+    Logits,
     Stage,
     draw_places,
     fill_canvases,
@@ -43,6 +44,11 @@ SHAPES: dict[str, Any] = {
 }
 GRAMMAR = output_grammar(TASK, VOCABULARY, **SHAPES)
 PLACES = output_places(TASK, VOCABULARY, **SHAPES)
+
+
+def of(logits: torch.Tensor) -> Logits:
+    """All logits at hand, as `draw_places` asks for them."""
+    return lambda places, ids: logits[places, ids]
 
 
 @pytest.fixture(scope="module")
@@ -115,7 +121,7 @@ def test_pins_hold_ids_are_legal_and_counts_fall_at_every_step(
         assert (known[asked] == UNKNOWN).all()
         assert all((id == MASK) == (known[place] == UNKNOWN) for place, id in enumerate(canvas.shown()))
         logits = torch.from_numpy(rng.normal(size=(len(asked), VOCABULARY.vocab_size))).float()
-        canvas.settle(*draw_places(logits, low[asked], high[asked], canvas.sampling, canvas.step))
+        canvas.settle(*draw_places(of(logits), low[asked], high[asked], canvas.sampling, canvas.step))
         assert canvas.num_known > before
         before = canvas.num_known
         was_known = known != UNKNOWN
@@ -133,7 +139,7 @@ def test_the_surest_places_are_kept_first_and_the_others_drawn_again() -> None:
     for place, (id, height) in enumerate(((11, 1.0), (12, 8.0), (13, 5.0), (10, 2.0))):
         logits[place, id] = height
     low, high = np.full(4, 10), np.full(4, 14)
-    ids, sure = draw_places(logits, low, high, canvas.sampling, 0)
+    ids, sure = draw_places(of(logits), low, high, canvas.sampling, 0)
     assert ids.tolist() == [11, 12, 13, 10]
     assert sure[1] == pytest.approx(logits[1, 10:14].log_softmax(-1)[2])
     canvas.settle(ids, sure)
@@ -152,27 +158,27 @@ def test_an_id_outside_the_range_is_never_drawn_however_likely() -> None:
         SamplingConfig(seed=1, top_k=2),
         SamplingConfig(seed=1, top_p=0.6),
     ):
-        ids, sure = draw_places(logits, low, high, sampling, 3)
+        ids, sure = draw_places(of(logits), low, high, sampling, 3)
         assert ((ids >= low) & (ids < high)).all()
         assert np.isfinite(sure).all()
 
 
 def test_draws_follow_the_logits_and_their_confidence_is_of_temperature_one() -> None:
     logits = torch.tensor([0.0, 1.0, 2.0]).repeat(20_000, 1)
-    ids, sure = draw_places(logits, np.zeros(20_000, np.int64), np.full(20_000, 3), SamplingConfig(seed=5), 0)
+    ids, sure = draw_places(of(logits), np.zeros(20_000, np.int64), np.full(20_000, 3), SamplingConfig(seed=5), 0)
     shares = np.bincount(ids, minlength=3) / 20_000
     expected = logits[0].softmax(-1).numpy()
     np.testing.assert_allclose(shares, expected, atol=4 * np.sqrt(expected * (1 - expected) / 20_000).max())
     np.testing.assert_allclose(sure, np.log(expected)[ids], rtol=1e-5)
     cold, _ = draw_places(
-        logits, np.zeros(20_000, np.int64), np.full(20_000, 3), SamplingConfig(seed=5, temperature=0.25), 0
+        of(logits), np.zeros(20_000, np.int64), np.full(20_000, 3), SamplingConfig(seed=5, temperature=0.25), 0
     )
     assert (cold == 2).mean() > shares[2] + 0.2
 
 
 def test_a_step_that_asks_for_nothing_draws_nothing() -> None:
     nothing = np.zeros(0, np.int64)
-    ids, sure = draw_places(torch.zeros(0, 9), nothing, nothing, SamplingConfig(seed=1), 0)
+    ids, sure = draw_places(of(torch.zeros(0, 9)), nothing, nothing, SamplingConfig(seed=1), 0)
     assert ids.shape == sure.shape == (0,)
 
 
