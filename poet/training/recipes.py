@@ -224,9 +224,14 @@ def plan(
 def _build(kind: str, values: Mapping[str, Any], device: str) -> tuple[Any, Trainable]:
     if kind == "video_tokenizer":
         video = build(VideoTokenizerRecipe, values)
-        size = (video.fps, video.num_frames, video.height, video.width)
-        source, validation = (_Frames(_open(name, *size)) for name in (video.source, video.validation_source))
-        return video, VideoTokenizerTraining(video, source, validation, device=device)
+
+        def frames(name: str) -> list[_Frames]:
+            sizes = [(scale * video.height, scale * video.width) for scale in video.scales]
+            return [_Frames(_open(name, video.fps, video.num_frames, *size)) for size in sizes]
+
+        return video, VideoTokenizerTraining(
+            video, frames(video.source), frames(video.validation_source), device=device
+        )
     if kind == "audio_tokenizer":
         audio = build(AudioTokenizerRecipe, values)
         rate = audio.codec.sample_rate

@@ -62,6 +62,8 @@ class VideoTokenizerRecipe:
         num_frames: of a clip, 1 + a multiple of the temporal stride.
         height: pixels.
         width: pixels.
+        scales: multiples of height and width that steps take in turn, of which 1 is the first; a step of multiple k has
+            batch_size / k^2 clips, at least one.
         start_from: directory of a tokenizer whose weights to begin with; null starts from random weights.
         decoder_only: leave the encoder as `start_from` has it, so that codes keep their meaning.
         num_steps: optimiser steps in all.
@@ -100,6 +102,7 @@ class VideoTokenizerRecipe:
     num_frames: int = 17
     height: int = 64
     width: int = 64
+    scales: tuple[int, ...] = (1,)
     start_from: Path | None = None
     decoder_only: bool = False
     num_steps: int = 10_000
@@ -131,6 +134,10 @@ class VideoTokenizerRecipe:
     def __post_init__(self) -> None:
         if min(self.source_clips, self.validation_clips, self.num_steps, self.batch_size) < 1:
             raise ConfigError("source_clips, validation_clips, num_steps and batch_size must be at least 1.")
+        scales = tuple(self.scales)
+        object.__setattr__(self, "scales", scales)
+        if scales[:1] != (1,) or min(scales) < 1 or len(set(scales)) < len(scales):
+            raise ConfigError(f"scales must be different whole numbers of which the first is 1, got {list(scales)}.")
         for name in ("hard_share", "l1_share", "edge_share"):
             if not 0 <= getattr(self, name) <= 1:
                 raise ConfigError(f"{name} must lie in [0, 1], got {getattr(self, name)!r}.")
@@ -149,8 +156,8 @@ class VideoTokenizerTraining:
 
     Args:
         recipe: how to train.
-        source: clips to learn from.
-        validation: clips to measure on, of the same shape.
+        sources: clips to learn from, for each of the recipe's scales.
+        validations: clips to measure on, of the same shapes.
         device: where to train.
 
     Raises:
@@ -160,12 +167,13 @@ class VideoTokenizerTraining:
     def __init__(
         self,
         recipe: VideoTokenizerRecipe,
-        source: FrameSource,
-        validation: FrameSource,
+        sources: Sequence[FrameSource],
+        validations: Sequence[FrameSource],
         *,
         device: str | torch.device = "cpu",
     ) -> None:
-        self.recipe, self.source, self.device = recipe, source, torch.device(device)
+        self.recipe, self.device = recipe, torch.device(device)
+        self.sources = dict(zip(recipe.scales, sources, strict=True))
         torch.manual_seed(recipe.seed)
         self.model = begin(MagViT2, recipe.codec, recipe.start_from).to(self.device).train()
         self.model.encoder.requires_grad_(not recipe.decoder_only)
@@ -176,14 +184,17 @@ class VideoTokenizerTraining:
             self.discriminator = VideoDiscriminator(recipe.discriminator_channels).to(self.device)
             self.discriminator_optimizer = _adam(self.discriminator, recipe)
             self.lecam = LeCam()
-        count = min(recipe.validation_clips, len(validation))
-        self.validation = np.stack([validation.frames(index) for index in range(count)])
-        self._check_frames(self.validation[0])
+        self.validation: dict[int, NDArray[np.uint8]] = {}
+        for scale, validation in zip(recipe.scales, validations, strict=True):
+            count = min(recipe.validation_clips, len(validation))
+            self.validation[scale] = np.stack([validation.frames(index) for index in range(count)])
+            self._check_frames(self.validation[scale][0], scale)
         if recipe.compile:
             self.model.encoder.compile()
             self.model.decoder.compile()
-        self.hard_clips = HardClips(min(recipe.source_clips, len(source)), recipe.batch_size, recipe.hard_share)
-        self.ahead = DrawnAhead(lambda step: self._draw(self.hard_clips.in_turn(step)))
+        num_clips = min(recipe.source_clips, *map(len, sources))
+        self.hard_clips = HardClips(num_clips, recipe.batch_size, recipe.hard_share)
+        self.ahead = DrawnAhead(lambda step: self._draw(self._in_turn(step), self._scale(step)))
 
     def train_step(self, step: int) -> dict[str, float]:
         """One optimiser step; returns losses, the batch's PSNR, entropies in nats a bit and the gradient's norm."""
@@ -199,7 +210,8 @@ class VideoTokenizerTraining:
         output = output.float()
         weights = edge_weights(video, detail_weights(video, recipe.detail_strength), recipe.edge_share)
         losses = reconstruction_loss(output, video, weights, recipe.l1_share)
-        self.hard_clips.remember(indices, losses)
+        if self._scale(step) == 1:  # of losses at different sizes one is not harder than the other
+            self.hard_clips.remember(indices, losses)
         loss = losses.mean()
         metrics = {"reconstruction_loss": float(loss.detach()), "psnr": float(psnr(output.detach(), video).mean())}
         loss = loss + self._quantizer_loss(quantized, step)
@@ -230,14 +242,22 @@ class VideoTokenizerTraining:
 
         Returns:
             psnr: mean over clips, in dB; psnr_of_mean_error: of the squared error averaged over all clips;
-            psnr_worst_tenth: which a tenth of the clips do not reach; and what `code_use` gives.
+            psnr_worst_tenth: which a tenth of the clips do not reach; and what `code_use` gives. Those of a scale k
+            other than 1 end in _xk.
         """
+        found: dict[str, float] = {}
+        for scale, clips in self.validation.items():
+            ending = "" if scale == 1 else f"_x{scale}"
+            found |= {f"{name}{ending}": value for name, value in self._measure(clips, 16 // scale**2 or 1).items()}
+        return found
+
+    def _measure(self, clips: NDArray[np.uint8], batch_size: int) -> dict[str, float]:
         scores: list[Tensor] = []
         codes: list[Tensor] = []
         tokenizer = self.average.module
         assert isinstance(tokenizer, MagViT2)
-        for start in range(0, len(self.validation), 16):
-            video = to_video(self.validation[start : start + 16]).to(self.device)
+        for start in range(0, len(clips), batch_size):
+            video = to_video(clips[start : start + batch_size]).to(self.device)
             batch_codes = tokenizer.encode(video)
             output = tokenizer.decode(batch_codes, (video.shape[-2], video.shape[-1]))
             scores.append(psnr(output, video))
@@ -308,22 +328,33 @@ class VideoTokenizerTraining:
 
     def _batch(self, step: int) -> tuple[list[int], Tensor]:
         """Numbers and frames of the step's clips."""
-        hard = self._hard(step)
-        clips = self._draw(hard) + self.ahead.take(step)
-        return hard + self.hard_clips.in_turn(step), to_video(np.stack(clips)).to(self.device)
+        hard, scale = self._hard(step), self._scale(step)
+        clips = self._draw(hard, scale) + self.ahead.take(step)
+        return hard + self._in_turn(step), to_video(np.stack(clips)).to(self.device)
+
+    def _scale(self, step: int) -> int:
+        """The multiple of height and width that a step has."""
+        return self.recipe.scales[step % len(self.recipe.scales)]
+
+    def _in_turn(self, step: int) -> list[int]:
+        return self._fewer(self.hard_clips.in_turn(step), step)
 
     def _hard(self, step: int) -> list[int]:
-        return self.hard_clips.hard(step, np.random.default_rng([self.recipe.seed, step]))
+        return self._fewer(self.hard_clips.hard(step, np.random.default_rng([self.recipe.seed, step])), step)
 
-    def _draw(self, indices: Sequence[int]) -> list[NDArray[np.uint8]]:
-        clips = [self.source.frames(index) for index in indices]
+    def _fewer(self, indices: list[int], step: int) -> list[int]:
+        """As many of a step's clips as its size leaves room for."""
+        return indices[: -(-len(indices) // self._scale(step) ** 2)]
+
+    def _draw(self, indices: Sequence[int], scale: int) -> list[NDArray[np.uint8]]:
+        clips = [self.sources[scale].frames(index) for index in indices]
         for clip in clips:
-            self._check_frames(clip)
+            self._check_frames(clip, scale)
         return clips
 
-    def _check_frames(self, clip: NDArray[np.uint8]) -> None:
+    def _check_frames(self, clip: NDArray[np.uint8], scale: int) -> None:
         """Training neither pads nor crops, so that every pixel of the loss is one of the clip."""
-        codec, shape = self.recipe.codec, self.validation.shape[1:]
+        codec, shape = self.recipe.codec, self.validation[scale].shape[1:]
         fits = clip.ndim == 4 and (clip.shape[0] - 1) % codec.temporal_stride == 0 and clip.shape == shape
         if not fits or clip.shape[1] % codec.spatial_stride or clip.shape[2] % codec.spatial_stride:
             raise ConfigError(

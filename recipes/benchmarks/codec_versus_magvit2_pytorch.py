@@ -108,7 +108,7 @@ class _PoetSide:
         rules = {"ema_decay": EMA_DECAY, "gradient_clip": GRADIENT_CLIP, "precision": "fp32", "validation_clips": 1}
         chosen: dict[str, Any] = {**schedule, **rules, "batch_size": plan.batch_size, "seed": plan.seed}
         source = _StoredClips(clips)
-        training = VideoTokenizerTraining(dataclasses.replace(self.recipe, **chosen), source, source)
+        training = VideoTokenizerTraining(dataclasses.replace(self.recipe, **chosen), [source], [source])
         for step in range(num_steps):
             training.train_step(step)
         return {"last": self._codec(training.model), "averaged": self._codec(training.average.module)}

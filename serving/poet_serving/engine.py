@@ -71,8 +71,8 @@ class VLLMEngine:
         max_num_seqs: Requests that are written at once, guided ones counted twice; the others wait for their turn.
         num_cache_blocks: Pages of `BLOCK_SIZE` ids in the cache; None: enough that `max_num_seqs` requests of full
             length fit and none is ever preempted.
-        num_threads: Threads of a step; None: one for a model of less than `SMALL_MODEL` parameters, else as many as
-            PyTorch has. They are the caller's again between calls.
+        num_threads: Threads of a step; None: one where a model of less than `SMALL_MODEL` parameters writes one id
+            after another, else as many as PyTorch has. They are the caller's again between calls.
         decodings: one or more of "autoregressive" (one id after another), "parallel" (many ids at once,
             `poet_serving.maskgit`), each of which holds the weights once, and "upsampling" (pictures in a larger size,
             `poet_serving.superresolution`), which needs a whole bundle.
@@ -108,7 +108,8 @@ class VLLMEngine:
             if value is not None and value < 1:
                 raise ConfigError(f"{option} must be at least 1, got {value}.")
         small = self._config.num_parameters < SMALL_MODEL
-        self._num_threads = 1 if num_threads is None and small else num_threads
+        self._num_threads = num_threads
+        self._num_threads_in_turn = 1 if num_threads is None and small else num_threads
         longest = self._config.scene_length
         blocks_each = -(-longest // BLOCK_SIZE)
         # One page of any pool is vLLM's own.
@@ -197,18 +198,19 @@ class VLLMEngine:
         longest = [max_output_length(request.grammar) for request in requests]
         total, first = sum(longest), sum(longest[index] for index in in_turn)
         written: dict[int, list[int]] = {}
-        with self._own_threads():
-            if in_turn:
-                chosen = [requests[index] for index in in_turn]
-                advance = None if progress is None else lambda done, _: progress(done, total)
+        if in_turn:
+            chosen = [requests[index] for index in in_turn]
+            advance = None if progress is None else lambda done, _: progress(done, total)
+            with _threads(self._num_threads_in_turn):
                 written |= zip(in_turn, self._write(chosen, advance), strict=True)
-            if at_once:
-                from poet_serving.maskgit import fill_canvases
+        if at_once:
+            from poet_serving.maskgit import fill_canvases
 
-                chosen = [requests[index] for index in at_once]
-                advance = None if progress is None else lambda done, _: progress(first + done, total)
+            chosen = [requests[index] for index in at_once]
+            advance = None if progress is None else lambda done, _: progress(first + done, total)
+            with _threads(self._num_threads):
                 filled = fill_canvases(self._canvases, chosen, self._max_num_seqs, advance)
-                written |= zip(at_once, filled, strict=True)
+            written |= zip(at_once, filled, strict=True)
         return [written[index] for index in range(len(requests))]
 
     def upsample(
@@ -243,18 +245,8 @@ class VLLMEngine:
                 )
         from poet_serving.superresolution import upsample_codes
 
-        with self._own_threads():
+        with _threads(self._num_threads):
             return upsample_codes(self._upsampler, requests, self._upsampler_config, self._max_num_seqs, progress)
-
-    @contextlib.contextmanager
-    def _own_threads(self) -> Iterator[None]:
-        """Give a step the engine's number of threads, and the caller its own again."""
-        before = torch.get_num_threads()
-        torch.set_num_threads(self._num_threads or before)
-        try:
-            yield
-        finally:
-            torch.set_num_threads(before)
 
     def _write(
         self, requests: Sequence[GenerationRequest], progress: Callable[[int, int], None] | None
@@ -401,6 +393,17 @@ def _fastest_dtype() -> str:
     capabilities = torch.cpu.get_capabilities()
     multiplies = capabilities.get("avx512_bf16") or capabilities.get("amx_bf16")
     return "bfloat16" if multiplies else "float32"
+
+
+@contextlib.contextmanager
+def _threads(count: int | None) -> Iterator[None]:
+    """Give what is within so many threads (None: as many as there are), and the caller its own again."""
+    before = torch.get_num_threads()
+    torch.set_num_threads(count or before)
+    try:
+        yield
+    finally:
+        torch.set_num_threads(before)
 
 
 def _canvas_arguments(budget: int) -> dict[str, Any]:

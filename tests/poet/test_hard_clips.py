@@ -68,7 +68,7 @@ def video_training(hard_share: float = 0.5) -> VideoTokenizerTraining:
         adversarial_weight=0.0,
         seed=3,
     )
-    return VideoTokenizerTraining(recipe, Black(), Black())
+    return VideoTokenizerTraining(recipe, [Black()], [Black()])
 
 
 def audio_training(hard_share: float = 0.4) -> AudioTokenizerTraining:

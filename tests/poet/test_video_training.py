@@ -70,7 +70,7 @@ class Noise:
 
 
 def _training(**changes: Any) -> VideoTokenizerTraining:
-    return VideoTokenizerTraining(dataclasses.replace(RECIPE, **changes), Noise(), Noise())
+    return VideoTokenizerTraining(dataclasses.replace(RECIPE, **changes), [Noise()], [Noise()])
 
 
 def _weights(training: VideoTokenizerTraining) -> dict[str, Tensor]:
@@ -126,7 +126,7 @@ def test_a_tiny_codec_overfits_one_clip_through_its_codes() -> None:
         adversarial_weight=0.0,
         precision="fp32",
     )
-    training = VideoTokenizerTraining(recipe, MovingDisc(), MovingDisc())
+    training = VideoTokenizerTraining(recipe, [MovingDisc()], [MovingDisc()])
     video = to_video(MovingDisc().frames(0)[None])
     one_colour = float(psnr(video.mean(dim=(2, 3, 4), keepdim=True).expand_as(video), video))
     assert training.validate(0)["psnr"] < 10 < one_colour < 17
@@ -199,9 +199,9 @@ def test_a_killed_run_goes_on_to_the_last_digit(changes: dict[str, Any], tmp_pat
         resumed.model.encoder.output.weight.zero_()  # its own first weights must not matter
     result = fit(resumed, LOOP, tmp_path / "killed")
     assert result.finished
-    assert isinstance(resumed.source, Noise)
+    assert isinstance(resumed.sources[1], Noise)
     if "hard_share" not in changes:
-        assert resumed.source.asked[:2] == [3, 4]  # step 5 begins with clip 10 of 7
+        assert resumed.sources[1].asked[:2] == [3, 4]  # step 5 begins with clip 10 of 7
     files = [(tmp_path / run / "metrics.jsonl").read_bytes() for run in ("whole", "killed")]
     assert files[0] == files[1]
     assert _same(_weights(whole), _weights(resumed))
@@ -224,7 +224,7 @@ def test_clips_are_gone_through_in_turn_and_the_next_batch_is_drawn_ahead() -> N
     for step in range(4):
         training.train_step(step)
     training.ahead.close()
-    source = training.source
+    source = training.sources[1]
     assert isinstance(source, Noise)
     assert source.asked == [0, 1, 2, 3, 4, 5, 6, 0, 1, 2]  # 7 of 11 clips, two a step, and one step ahead
 
@@ -281,13 +281,44 @@ def test_a_decoder_that_trains_alone_leaves_the_codes_what_they_mean(tmp_path: P
 @pytest.mark.parametrize("shape", [(N + 1, H, W), (N, H + 4, W), (N, H, W - 1)], ids=str)
 def test_clips_that_the_strides_do_not_divide_are_refused(shape: tuple[int, int, int]) -> None:
     with pytest.raises(ConfigError, match=r"\(1 \+ k \* 4, height, width, 3\) with height and width divisible by 8"):
-        VideoTokenizerTraining(RECIPE, Noise(shape=shape), Noise(shape=shape))
+        VideoTokenizerTraining(RECIPE, [Noise(shape=shape)], [Noise(shape=shape)])
 
 
 def test_clips_of_another_size_than_those_of_validation_are_refused() -> None:
-    training = VideoTokenizerTraining(RECIPE, Noise(shape=(N + 4, H, W)), Noise())
+    training = VideoTokenizerTraining(RECIPE, [Noise(shape=(N + 4, H, W))], [Noise()])
     with pytest.raises(ConfigError, match=r"like the first of the validation clips, \(5, 16, 24, 3\); got \(9, 16, 24"):
         training.train_step(0)
+
+
+def test_steps_take_turns_between_sizes_and_each_is_measured_and_a_run_goes_on_exactly() -> None:
+    def training() -> VideoTokenizerTraining:
+        recipe = dataclasses.replace(RECIPE, batch_size=4, scales=(1, 2), hard_share=0.5, adversarial_weight=0.0)
+        sources = [Noise(), Noise(shape=(N, 2 * H, 2 * W))]
+        return VideoTokenizerTraining(recipe, sources, [Noise(), Noise(shape=(N, 2 * H, 2 * W))])
+
+    whole = training()
+    seen = []
+    for step in range(4):
+        indices, video = whole._batch(step)
+        seen.append((len(indices), tuple(video.shape)))
+        whole.train_step(step)
+    assert seen[0] == seen[2] == (4, (4, 3, N, H, W))
+    assert seen[1] == seen[3] == (2, (2, 3, N, 2 * H, 2 * W))
+    measured = whole.validate(4)
+    assert {"psnr", "psnr_worst_tenth", "psnr_x2", "psnr_worst_tenth_x2"} <= measured.keys()
+    resumed, state = training(), training()
+    for step in range(2):
+        state.train_step(step)
+    resumed.load_state_dict(state.state_dict())
+    for step in (2, 3):
+        resumed.train_step(step)
+    assert _same(_weights(resumed), _weights(whole))
+
+
+@pytest.mark.parametrize("scales", [(), (2,), (1, 1), (1, 0), (2, 1)], ids=str)
+def test_scales_that_cannot_be_used_are_refused(scales: tuple[int, ...]) -> None:
+    with pytest.raises(ConfigError, match="scales must be different whole numbers"):
+        dataclasses.replace(RECIPE, scales=scales)
 
 
 def test_code_use_counts_codes_and_the_size_of_an_even_codebook() -> None:
