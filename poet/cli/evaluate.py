@@ -13,11 +13,15 @@ from poet.errors import ConfigError
 
 __all__ = ["evaluate"]
 
+KINDS = ("generation", "reconstruction", "upsampling")
+
 
 def evaluate(
     model: Annotated[Path | None, typer.Argument(help="A bundle; the shipped one when left out.")] = None,
     output: Annotated[Path, typer.Option("-o", "--output", help="Directory of the report.")] = Path("evaluation"),
-    what: Annotated[str, typer.Option(help="generation, or reconstruction (the tokenizers alone).")] = "generation",
+    what: Annotated[
+        str, typer.Option(help="generation, reconstruction (the tokenizers alone) or upsampling.")
+    ] = "generation",
     split: Annotated[list[str], typer.Option(help="A split of clips; repeatable.")] = ["seen", "unseen"],  # noqa: B006
     count: Annotated[int, typer.Option(min=1, help="Clips a split.")] = 200,
     start: Annotated[int, typer.Option(min=0, help="Number of the first clip of each split.")] = 0,
@@ -40,16 +44,23 @@ def evaluate(
     engine: Annotated[str, typer.Option(help="vllm, or torch (the reference).")] = "vllm",
     json: Annotated[bool, typer.Option("--json", help="Print the result as one JSON object.")] = False,
 ) -> None:
-    """Generate clips for captions of drawn clips and judge them, or send drawn clips through the tokenizers."""
-    if what not in ("generation", "reconstruction"):
-        raise ConfigError(f"--what must be generation or reconstruction, got {what!r}.")
+    """Generate clips for captions of drawn clips and judge them; or send drawn clips through a part of the bundle."""
+    if what not in KINDS:
+        raise ConfigError(f"--what must be {', '.join(KINDS[:-1])} or {KINDS[-1]}, got {what!r}.")
     from poet.bundle import Bundle, default_bundle
-    from poet.evaluation.measure import generation, reconstruction
+    from poet.evaluation import measure
 
-    bundle = Bundle.open(default_bundle() if model is None else model, require_model=what == "generation")
+    bundle = Bundle.open(default_bundle() if model is None else model, require_model=what != "reconstruction")
     if what == "reconstruction":
         with progress("reconstructing clips") as advance:
-            measured = reconstruction(bundle, split, count, start, output, progress=advance)
+            measured = measure.reconstruction(bundle, split, count, start, output, progress=advance)
+    elif what == "upsampling":
+        settings = upsampling(True, steps=upsample_steps, temperature=upsample_temperature)
+        assert settings is not None
+        with progress("upsampling") as advance:
+            measured = measure.upsampling(
+                bundle, split, count, start, output, seed=seed, engine=engine, settings=settings, progress=advance
+            )
     else:
         sampling = {
             "temperature": temperature,
@@ -62,7 +73,7 @@ def evaluate(
         )
         larger = upsampling(upsample, steps=upsample_steps, temperature=upsample_temperature)
         with progress("evaluating") as advance:
-            measured = generation(
+            measured = measure.generation(
                 bundle,
                 split,
                 count,

@@ -14,22 +14,25 @@ from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+import numpy as np
+
 from poet import __version__
 from poet.bundle import Bundle
-from poet.data.toybox import ToyboxClip, draw
+from poet.data.toybox import RESOLUTION, ToyboxClip, draw, draw_frames
 from poet.errors import ConfigError, MediaError
 from poet.evaluation.judge import SYNCED_MOTIONS, Verdict, judge, judge_clip
 from poet.evaluation.reconstruction import ReconstructionReport, evaluate_reconstruction
 from poet.evaluation.report import Results, SheetEntry, contact_sheet, tables, write_report
+from poet.evaluation.superresolution import Frames, UpsamplingExample, evaluate_upsampling
 from poet.generation.canvas import ParallelDecoding
 from poet.generation.engine import decodings_for, load_engine
 from poet.generation.pipeline import ClipRequest, Pipeline
 from poet.generation.sampling import SamplingConfig
-from poet.generation.upsample import Upsampling
+from poet.generation.upsample import Upsampling, UpsamplingRequest
 from poet.media import Clip
 from poet.tasks import Task, get_task
 
-__all__ = ["Measured", "commit_of", "generation", "reconstruction"]
+__all__ = ["Measured", "commit_of", "generation", "reconstruction", "upsampling"]
 
 Advance = Callable[[int, int, str], None]
 
@@ -208,6 +211,101 @@ def reconstruction(
         marks = [judge_clip(clip, truth.attributes.as_dict()) for clip, truth in zip(after, drawn, strict=False)]
         _sheet(output / f"{split}.png", after, drawn, verdicts, marks)
     return Measured(facts={"report": str(output), **found}, tables=shown)
+
+
+def upsampling(
+    bundle: Bundle,
+    splits: Sequence[str],
+    count: int,
+    start: int,
+    output: Path,
+    *,
+    seed: int,
+    engine: str,
+    settings: Upsampling,
+    progress: Advance,
+) -> Measured:
+    """Make the true codes of drawn clips larger, and measure the picture against the clip drawn in that size.
+
+    Args:
+        bundle: whose upsampler to measure.
+        splits: of Toybox.
+        count: clips a split.
+        start: number of the first clip of each split.
+        output: directory of `report.json`, `report.md` and a contact sheet for each split.
+        seed: of the first clip; counted up.
+        engine: its name.
+        settings: how to upsample.
+        progress: called with (done, in all, what is done).
+
+    Returns:
+        Where the report is and what it says: PSNR, and what the judge sees before and after.
+
+    Raises:
+        ConfigError: there is no such split, or no upsampler.
+        MediaError: `output` cannot be a directory.
+    """
+    bundle.check_upsampler()
+    splits = _check_splits(splits, start)
+    _make_directory(output)
+    about = _about(bundle)  # before the long work: while it lasts, the working tree may change
+    text_to_video = get_task("text_to_video")
+    measures: dict[str, float] = {}
+    scores: dict[str, list[dict[str, bool]]] = {}
+    writer = load_engine(engine, bundle.path, decodings=["upsampling"])
+    try:
+        [row] = writer.upsample([UpsamplingRequest(low=np.zeros((1, 1, 1), np.int64))])
+        large = RESOLUTION * row.shape[1]
+        for split in splits:
+            drawn = [draw(split, start + number) for number in range(count)]
+            pictures: list[tuple[Clip, Clip]] = []
+
+            def keep(before: Frames, after: Frames, into: list[tuple[Clip, Clip]] = pictures) -> None:
+                into.append((_silent(before, bundle), _silent(after, bundle)))
+
+            examples = (
+                UpsamplingExample(
+                    small=one.clip.frames, large=draw_frames(split, start + number, large), caption=one.caption
+                )
+                for number, one in enumerate(drawn)
+                if one.clip.frames is not None
+            )
+            report = evaluate_upsampling(
+                examples,
+                writer,
+                bundle.video_tokenizer,
+                bundle.text_tokenizer,
+                dataclasses.replace(settings, seed=seed),
+                keep=keep,
+                progress=lambda done, split=split: progress(done, count, split),  # type: ignore[misc]
+            )
+            measures |= {f"{name}, {split}": value for name, value in report.as_dict().items()}
+            for place, size in enumerate((RESOLUTION, large)):
+                group = f"{split}, {size} pixels"
+                clips = [pair[place] for pair in pictures]
+                scores[group] = [_marks(text_to_video, clip, truth) for clip, truth in zip(clips, drawn, strict=True)]
+                measures[f"attributes right, {group}"] = _overall(scores[group])
+            shown = [after for _, after in pictures[:SHOWN]]
+            silent = np.zeros(1, np.float32)
+            verdicts = [judge(clip.frames, silent) for clip in shown]
+            _sheet(output / f"{split}.png", shown, drawn, verdicts, scores[group])
+    finally:
+        writer.close()
+    about |= {"upsampler": bundle.upsampler_sha256[:12], "engine": engine, "first seed": seed}
+    about |= {name: value for name, value in dataclasses.asdict(settings).items() if name != "seed"}
+    results = Results(
+        title=f"True codes of {count} clips a split, upsampled",
+        about=about,
+        scores=scores,
+        measures=measures,
+    )
+    report_of = write_report(output, results)
+    facts = {"report": str(output / "report.md"), "measures": measures, "summary": report_of["summary"]}
+    return Measured(facts=facts, tables=tables(results))
+
+
+def _silent(frames: Frames, bundle: Bundle) -> Clip:
+    return Clip(frames=frames, fps=bundle.geometry().fps, samples=None, sample_rate=bundle.geometry().sample_rate)
 
 
 def _given(task: Task, drawn: ToyboxClip, pipeline: Pipeline) -> Clip | None:

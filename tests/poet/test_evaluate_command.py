@@ -1,16 +1,18 @@
 """`poet evaluate`: what it prints, and which code the report says was measured."""
 
 import json
+import shutil
 import subprocess
 from collections.abc import Callable
 from pathlib import Path
 
 import pytest
 
+from poet.bundle import Bundle
 from poet.cli.main import main
 from poet.evaluation import measure
 from poet.evaluation.judge import Verdict
-from poet.testing import tiny_bundle
+from poet.testing import tiny_bundle, tiny_upsampler
 
 
 @pytest.fixture(scope="module")
@@ -67,6 +69,27 @@ def test_a_reconstruction_ends_with_a_table_for_each_split(capsys: pytest.Captur
     assert out.startswith("1 clips of seen through the tokenizers:\n\n| measure | value |\n")
     assert "| attributes kept | " in out
     assert out.endswith(f"\nreport: {tmp_path}\n")
+
+
+def test_upsampling_is_measured_against_bicubic_and_the_tokenizer(
+    evaluate: Callable[..., str], bundle: Path, tmp_path: Path
+) -> None:
+    with pytest.raises(AssertionError):  # exit code 1: the bundle has none
+        evaluate("--what", "upsampling")
+    own = tmp_path / "own"
+    shutil.copytree(bundle, own)
+    tiny_upsampler(Bundle.open(own), own / "upsampler")
+    told = ["evaluate", own, "--what", "upsampling", "--engine", "torch", "--split", "seen", "--count", 2]
+    told += ["--upsample-steps", 3, "--json", "-o", tmp_path / "report"]
+    assert main([str(argument) for argument in told]) == 0
+    report = json.loads((tmp_path / "report" / "report.json").read_text())
+    found = report["measures"]
+    assert found["psnr above bicubic, seen"] == found["psnr, upsampled, seen"] - found["psnr, bicubic, seen"]
+    assert 0 < found["psnr, tokenizer at that size, seen"] < 40
+    assert 0 <= found["codes as in the true picture, seen"] < 0.5
+    assert report["about"]["num_steps"] == 3
+    assert report["summary"].keys() == {"seen, 64 pixels", "seen, 128 pixels"}
+    assert (tmp_path / "report" / "seen.png").stat().st_size > 1000
 
 
 @pytest.mark.parametrize("commit", ["abc1234", None])
