@@ -14,6 +14,9 @@ from types import ModuleType
 import numpy as np
 import pytest
 
+from poet.bundle import Bundle, default_bundle
+from poet.generation.canvas import ParallelDecoding
+
 ROOT = Path(__file__).resolve().parents[2]
 BENCHMARKS = ROOT / "recipes" / "benchmarks"
 
@@ -194,3 +197,43 @@ def test_scores_carry_the_commit_that_the_report_names_and_the_present_one_only_
     monkeypatch.setattr(script.subprocess, "check_output", lambda *_, **__: "0000000\n")
     assert script.measured_at({"about": {"commit": "abc1234"}}) == "abc1234"
     assert script.measured_at({"about": {}}) == "0000000"
+
+
+@pytest.fixture(scope="module")
+def parallel() -> ModuleType:
+    return _load(BENCHMARKS / "parallel_versus_autoregressive.py")
+
+
+def test_parallel_decoding_is_compared_round_by_round(parallel: ModuleType, tmp_path: Path) -> None:
+    seconds = {"autoregressive": [6.0, 7.0, 8.0], "4": [1.0, 2.0, 4.0], "24": [3.0, 3.5, 16.0]}
+    latency = parallel.compare(seconds, 480)
+    assert latency["autoregressive"] == {
+        "seconds": 7.0, "ratio": 1.0, "lowest_ratio": 1.0, "highest_ratio": 1.0,
+        "forward_passes": 480, "share_of_passes": 1.0,
+    }  # fmt: skip
+    assert (latency["4"]["ratio"], latency["4"]["lowest_ratio"], latency["4"]["highest_ratio"]) == (3.5, 2.0, 6.0)
+    assert (latency["24"]["forward_passes"], latency["24"]["share_of_passes"]) == (24, 0.05)
+    accuracy = {name: {"seen": 0.93, "unseen": 0.9} for name in seconds}
+    rows = parallel.table({"latency": latency, "accuracy": accuracy}).splitlines()
+    assert rows[3] == "| parallel, 4 steps | 4 | 2.00 | 3.50 (2.00 to 6.00) | 93.0 % | 90.0 % |"
+    alone = parallel.table({"latency": latency, "accuracy": {}}).splitlines()
+    assert alone[2] == "| autoregressive | 480 | 7.00 | 1.00 (1.00 to 1.00) |  |  |"
+    for number, found in enumerate((accuracy, {})):
+        parallel.plot({"latency": latency, "accuracy": found}, tmp_path / f"{number}.png")
+        assert (tmp_path / f"{number}.png").stat().st_size > 5000
+
+
+def test_the_parallel_benchmark_asks_as_the_pipeline_does_and_refuses_impossible_counts(
+    parallel: ModuleType, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert parallel.parse([]).steps == [4, 8, 12, 16, 24]
+    for bad in (["--steps", "0"], ["--rounds", "0"], ["--count", "-1"]):
+        with pytest.raises(SystemExit):
+            parallel.parse(bad)
+    assert "at least 1" in capsys.readouterr().err
+    bundle = Bundle.open(default_bundle())
+    plain, canvas = (parallel.request_of(bundle, 3, one) for one in (None, ParallelDecoding(num_steps=6)))
+    assert plain.canvas is None
+    assert canvas.canvas.num_steps == 6
+    assert canvas.grammar == plain.grammar
+    assert set(canvas.prefix_ids) - set(plain.prefix_ids) == {bundle.vocabulary.special("<parallel>")}
