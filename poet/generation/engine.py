@@ -4,9 +4,11 @@ An engine knows ids and grammars, and hands codes to the upsampler. It does not 
 (`poet.generation.pipeline`).
 """
 
-from collections.abc import Callable, Sequence
+import functools
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from importlib.metadata import EntryPoint, entry_points
+from itertools import islice
 from pathlib import Path
 from types import TracebackType
 from typing import Any, Protocol, Self, runtime_checkable
@@ -31,6 +33,7 @@ __all__ = [
     "ENTRY_POINT_GROUP",
     "Engine",
     "GenerationRequest",
+    "StreamingEngine",
     "TorchEngine",
     "check_request",
     "decodings_for",
@@ -72,6 +75,35 @@ class Engine(Protocol):
 
     name: str
 
+    def check(self, request: GenerationRequest, *, index: int = 0) -> None:
+        """Raise unless the engine can take a request.
+
+        Args:
+            request: to be checked.
+            index: of the request among others, for the message.
+
+        Raises:
+            ConfigError: it cannot, now or ever.
+        """
+        ...
+
+    def stream(
+        self, requests: Iterable[GenerationRequest], progress: Callable[[int], None] | None = None
+    ) -> Iterator[tuple[int, list[int]]]:
+        """Write outputs while requests are still being taken from where they come, a few ahead of what is written.
+
+        Args:
+            requests: any number, taken when there is room for them.
+            progress: called again and again with the ids written so far.
+
+        Yields:
+            Index of a request and its output ids, complete in its grammar, in the order in which they are finished.
+
+        Raises:
+            ConfigError: a request that the model cannot take; those before it are given up.
+        """
+        ...
+
     def generate(
         self, requests: Sequence[GenerationRequest], progress: Callable[[int, int], None] | None = None
     ) -> list[list[int]]:
@@ -110,6 +142,31 @@ class Engine(Protocol):
     def close(self) -> None:
         """Release what the engine holds; closing twice does no harm."""
         ...
+
+
+class StreamingEngine:
+    """What engines have in common: `generate` by their `check` and `stream`."""
+
+    def check(self, request: GenerationRequest, *, index: int = 0) -> None:
+        """See `Engine.check`."""
+        raise NotImplementedError
+
+    def stream(
+        self, requests: Iterable[GenerationRequest], progress: Callable[[int], None] | None = None
+    ) -> Iterator[tuple[int, list[int]]]:
+        """See `Engine.stream`."""
+        raise NotImplementedError
+
+    def generate(
+        self, requests: Sequence[GenerationRequest], progress: Callable[[int, int], None] | None = None
+    ) -> list[list[int]]:
+        """See `Engine.generate`."""
+        for index, request in enumerate(requests):
+            self.check(request, index=index)
+        total = sum(max_output_length(request.grammar) for request in requests)
+        advance = None if progress is None else lambda done: progress(done, total)
+        written = dict(self.stream(requests, advance))
+        return [written[index] for index in range(len(requests))]
 
 
 def check_request(request: GenerationRequest, config: PoetConfig, *, index: int = 0) -> None:
@@ -162,7 +219,7 @@ def _prefixes(request: GenerationRequest) -> list[tuple[int, ...]]:
     return [request.prefix_ids] if request.guide_ids is None else [request.prefix_ids, request.guide_ids]
 
 
-class TorchEngine:
+class TorchEngine(StreamingEngine):
     """Writes ids with the reference transformer: on a CPU or a GPU, without any server.
 
     Args:
@@ -198,37 +255,41 @@ class TorchEngine:
         self._max_batch_size = max_batch_size
         self._closed = False
 
-    def generate(
-        self, requests: Sequence[GenerationRequest], progress: Callable[[int, int], None] | None = None
-    ) -> list[list[int]]:
-        """Write the outputs of all requests; see `Engine.generate`."""
-        if self._closed:
-            raise ConfigError("the engine must be open to generate; it was closed.")
-        for index, request in enumerate(requests):
-            check_request(request, self._model.config, index=index)
-        longest = [max_output_length(request.grammar) for request in requests]
-        order = sorted(range(len(requests)), key=lambda index: (longest[index], len(requests[index].prefix_ids)))
-        in_turn = [index for index in order if requests[index].canvas is None]
-        at_once = [index for index in order if requests[index].canvas is not None]
-        batches = [
-            group[start : start + self._max_batch_size]
-            for group in (in_turn, at_once)
-            for start in range(0, len(group), self._max_batch_size)
-        ]
-        outputs: list[list[int]] = [[] for _ in requests]
-        total, before = sum(longest), 0
-        for batch in batches:
-            written = self._write(
-                [requests[index] for index in batch],
-                None if progress is None else _counting_from(before, total, progress),
-            )
-            for index, output in zip(batch, written, strict=True):
-                outputs[index] = output
-            # A text that ended early counts as written in full.
-            before += sum(longest[index] for index in batch)
-            if progress is not None:
-                progress(before, total)
-        return outputs
+    def check(self, request: GenerationRequest, *, index: int = 0) -> None:
+        """Raise unless the model can take a request; see `Engine.check`."""
+        self._check_open()
+        check_request(request, self._model.config, index=index)
+
+    def stream(
+        self, requests: Iterable[GenerationRequest], progress: Callable[[int], None] | None = None
+    ) -> Iterator[tuple[int, list[int]]]:
+        """Write outputs while requests are still being taken from where they come; see `Engine.stream`.
+
+        Some batches' worth of requests are taken at a time, so that those of like length go together.
+        """
+        self._check_open()
+        source = enumerate(requests)
+        before = 0
+        while window := list(islice(source, 4 * self._max_batch_size)):
+            for index, request in window:
+                self.check(request, index=index)
+            for batch in self._batches(window):
+                chosen = [request for _, request in batch]
+                advance = None if progress is None else functools.partial(_count_from, before, progress)
+                written = self._write(chosen, advance)
+                # A text that ended early counts as written in full.
+                before += sum(max_output_length(request.grammar) for request in chosen)
+                if progress is not None:
+                    progress(before)
+                yield from zip((index for index, _ in batch), written, strict=True)
+
+    def _batches(self, window: list[tuple[int, GenerationRequest]]) -> Iterator[list[tuple[int, GenerationRequest]]]:
+        """Requests of one way to write and of like length together."""
+        window.sort(key=lambda one: (max_output_length(one[1].grammar), len(one[1].prefix_ids)))
+        for at_once in (False, True):
+            group = [one for one in window if (one[1].canvas is not None) == at_once]
+            for start in range(0, len(group), self._max_batch_size):
+                yield group[start : start + self._max_batch_size]
 
     def _write(self, requests: Sequence[GenerationRequest], progress: Callable[[int], None] | None) -> list[list[int]]:
         """The outputs of one batch, all of them written in the same way."""
@@ -244,13 +305,16 @@ class TorchEngine:
         self, requests: Sequence[UpsamplingRequest], progress: Callable[[int, int], None] | None = None
     ) -> list[NDArray[np.int64]]:
         """Write the codes of pictures again in a larger size; see `Engine.upsample`."""
-        if self._closed:
-            raise ConfigError("the engine must be open to upsample; it was closed.")
+        self._check_open()
         if self._upsampler is None:
             self._upsampler = Bundle.open(self._bundle_dir).load_upsampler(self._device, self._dtype)
         for index, request in enumerate(requests):
             check_upsampling(request, self._upsampler.config, index=index)
         return upsample_codes(self._upsampler, requests, progress, self._max_batch_size)
+
+    def _check_open(self) -> None:
+        if self._closed:
+            raise ConfigError("the engine must be open to generate; it was closed.")
 
     def close(self) -> None:
         """Release the weights; closing twice does no harm."""
@@ -316,5 +380,5 @@ def _not_installed(name: str, error: ModuleNotFoundError) -> ConfigError:
     )
 
 
-def _counting_from(before: int, total: int, progress: Callable[[int, int], None]) -> Callable[[int], None]:
-    return lambda written: progress(before + written, total)
+def _count_from(before: int, progress: Callable[[int], None], written: int) -> None:
+    progress(before + written)

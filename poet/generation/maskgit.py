@@ -49,7 +49,7 @@ __all__ = [
     "unknown_after",
 ]
 
-Schedule = Literal["cosine", "linear", "square", "cubic"]
+Schedule = Literal["cosine", "linear", "square"]
 SCHEDULES: Final[tuple[str, ...]] = get_args(Schedule)
 UNKNOWN: Final = -1
 
@@ -143,12 +143,7 @@ def unknown_after(num_places: int, num_steps: int, schedule: Schedule) -> list[i
     counts, left = [], num_places
     for step in range(1, num_steps + 1):
         done = step / num_steps
-        share = {
-            "cosine": math.cos(math.pi / 2 * done),
-            "linear": 1 - done,
-            "square": 1 - done**2,
-            "cubic": 1 - done**3,
-        }[schedule]
+        share = {"cosine": math.cos(math.pi / 2 * done), "linear": 1 - done, "square": 1 - done**2}[schedule]
         # At least one place a step, now and in the steps to come; the last share is 0 up to rounding.
         left = max(min(math.floor(num_places * share), left - 1), num_steps - step)
         counts.append(left)

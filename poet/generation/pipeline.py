@@ -11,9 +11,10 @@ from __future__ import annotations
 
 import dataclasses
 import hashlib
+import itertools
 import secrets
 from collections import defaultdict
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 
 import numpy as np
 import torch
@@ -30,7 +31,7 @@ from poet.media import Clip
 from poet.sequence import Scene, output_grammar, pack_prefix, unpack
 from poet.tasks import ClipParts, Task, get_task
 
-__all__ = ["ClipRequest", "GeneratedClip", "Pipeline"]
+__all__ = ["ClipRequest", "GeneratedClip", "Pipeline", "PreparedClip"]
 
 MAX_TEXT_CHARACTERS = 100_000  # longer texts are refused before they are tokenised
 MAX_WRITTEN_PIECES = 256  # of a text that is written; fewer where the scene has no room for them
@@ -83,7 +84,17 @@ class GeneratedClip:
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
-class _Prepared:
+class PreparedClip:
+    """A request that can be carried out.
+
+    Attributes:
+        request: with its seed.
+        task: its task.
+        parts: codes of what is given.
+        num_given: latent frames that are given.
+        generation: what an engine is asked for.
+    """
+
     request: ClipRequest
     task: Task
     parts: ClipParts
@@ -124,8 +135,41 @@ class Pipeline:
             ConfigError: a request that cannot be carried out, or of a task that the bundle's model was not trained on;
                 nothing has been written then.
         """
-        prepared = [self._prepare(request) for request in requests]
+        prepared = [self.prepare(request) for request in requests]
         outputs = self.engine.generate([item.generation for item in prepared], progress)
+        return self._finish_all(prepared, outputs)
+
+    def stream(
+        self,
+        prepared: Iterable[PreparedClip],
+        progress: Callable[[int], None] | None = None,
+        batch_size: int = 8,
+    ) -> Iterator[tuple[int, GeneratedClip]]:
+        """Write clips while others are still being prepared.
+
+        Args:
+            prepared: from `prepare`, any number; taken when the engine has room for them.
+            progress: called with the ids written so far.
+            batch_size: outputs that are turned into clips together.
+
+        Yields:
+            Place of a request among all, and its clip, in the order in which they are finished.
+        """
+        items: dict[int, PreparedClip] = {}
+
+        def requests() -> Iterator[GenerationRequest]:
+            for index, item in enumerate(prepared):
+                items[index] = item
+                yield item.generation
+
+        outputs = self.engine.stream(requests(), progress)
+        while finished := list(itertools.islice(outputs, batch_size)):
+            chosen = [items.pop(index) for index, _ in finished]
+            clips = self._finish_all(chosen, [ids for _, ids in finished])
+            yield from zip((index for index, _ in finished), clips, strict=True)
+
+    def _finish_all(self, prepared: Sequence[PreparedClip], outputs: Sequence[list[int]]) -> list[GeneratedClip]:
+        """From output ids to clips, all of them together."""
         scenes = [
             unpack(np.concatenate([item.generation.prefix_ids, ids]), self.bundle.vocabulary)
             for item, ids in zip(prepared, outputs, strict=True)
@@ -151,8 +195,18 @@ class Pipeline:
             )
         return results
 
-    def _prepare(self, request: ClipRequest) -> _Prepared:
-        """Encode what is given, pack the prefix and say what may be written."""
+    def prepare(self, request: ClipRequest) -> PreparedClip:
+        """Encode what is given, pack the prefix and say what may be written.
+
+        Args:
+            request: a clip to write; without a seed it is given one.
+
+        Returns:
+            What `stream` takes.
+
+        Raises:
+            ConfigError: a request that cannot be carried out, or of a task that the bundle's model was not trained on.
+        """
         task = get_task(request.task)
         self.bundle.check_trained(task.name)
         if request.decoding is not None:
@@ -198,19 +252,15 @@ class Pipeline:
                 video_latent_shape=shape.video,
                 num_audio_latents=shape.audio,
             )
-        return _Prepared(
-            request=request,
-            task=task,
-            parts=parts,
-            num_given=num_given,
-            generation=GenerationRequest(
-                prefix_ids=tuple(prefix.tolist()),
-                grammar=grammar,
-                sampling=request.sampling,
-                guide_ids=guide,
-                canvas=canvas,
-            ),
+        generation = GenerationRequest(
+            prefix_ids=tuple(prefix.tolist()),
+            grammar=grammar,
+            sampling=request.sampling,
+            guide_ids=guide,
+            canvas=canvas,
         )
+        self.engine.check(generation)
+        return PreparedClip(request=request, task=task, parts=parts, num_given=num_given, generation=generation)
 
     def _guide(self, request: ClipRequest, scene: Scene) -> tuple[int, ...] | None:
         """The prefix that guidance moves away from: without the text, or with the negative one; None without a text."""
@@ -295,7 +345,7 @@ class Pipeline:
         self.engine.upsample([])  # raises where the engine cannot: now, and not after the long work
 
     def _upsample(
-        self, prepared: Sequence[_Prepared], codes: Sequence[NDArray[np.int64] | None]
+        self, prepared: Sequence[PreparedClip], codes: Sequence[NDArray[np.int64] | None]
     ) -> list[NDArray[np.int64] | None]:
         """The codes of the larger size for those clips that ask for it."""
         results = list(codes)
@@ -342,7 +392,9 @@ class Pipeline:
             results.append(waveform.float().clamp(-1, 1).cpu().numpy())
         return results
 
-    def _finish(self, item: _Prepared, frames: NDArray[np.uint8] | None, samples: NDArray[np.float32] | None) -> Clip:
+    def _finish(
+        self, item: PreparedClip, frames: NDArray[np.uint8] | None, samples: NDArray[np.float32] | None
+    ) -> Clip:
         """Put what was given in front of what a continuation wrote, and make picture and sound equally long."""
         geometry, given = self.geometry, item.request.clip
         if item.task.conditioning == "first_frames" and frames is not None:
@@ -366,7 +418,7 @@ class Pipeline:
             samples = np.pad(samples[:length], (0, max(0, length - len(samples))))
         return Clip(frames=frames, fps=geometry.fps, samples=samples, sample_rate=geometry.sample_rate)
 
-    def _new_samples(self, item: _Prepared) -> int:
+    def _new_samples(self, item: PreparedClip) -> int:
         shape = item.task.output_shape(self.geometry, item.num_given)
         return (shape.audio or 0) * self.geometry.hop_length
 

@@ -9,21 +9,20 @@ behind at Ctrl-C. This module knows ids and grammars, and hands codes to the ups
 `poet.generation.pipeline`.
 """
 
+from __future__ import annotations
+
 import contextlib
-import copy
 import gc
 import json
 import logging
 import math
 import os
 import random
-import secrets
-import uuid
 import warnings
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from pathlib import Path
 from types import TracebackType
-from typing import Any, Self
+from typing import TYPE_CHECKING, Any, Self
 
 import numpy as np
 import torch
@@ -32,11 +31,12 @@ from safetensors import SafetensorError
 
 from poet.bundle import Bundle
 from poet.errors import CheckpointError, ConfigError, PoetError
-from poet.generation.engine import GenerationRequest, check_request
-from poet.generation.sampling import fold_seed
+from poet.generation.engine import GenerationRequest, StreamingEngine, check_request
 from poet.generation.upsample import UpsamplingRequest, check_upsampling
-from poet.grammar import max_output_length
 from poet.model.config import PoetConfig
+
+if TYPE_CHECKING:
+    from poet_serving.writing import Writer
 
 __all__ = ["VLLMEngine", "check_settings"]
 
@@ -61,7 +61,7 @@ _DEFAULT_ENVIRONMENT = {
 }
 
 
-class VLLMEngine:
+class VLLMEngine(StreamingEngine):
     """Generates output ids with vLLM on the CPU; one per process at a time.
 
     Args:
@@ -174,44 +174,51 @@ class VLLMEngine:
         numbers = 2 * self._config.num_layers * self._config.num_kv_heads * self._config.head_dim * BLOCK_SIZE
         return numbers * (4 if dtype == "float32" else 2)
 
-    def generate(
-        self, requests: Sequence[GenerationRequest], progress: Callable[[int, int], None] | None = None
-    ) -> list[list[int]]:
-        """Write the outputs of all requests, as many at once as `max_num_seqs` allows.
+    def stream(
+        self, requests: Iterable[GenerationRequest], progress: Callable[[int], None] | None = None
+    ) -> Iterator[tuple[int, list[int]]]:
+        """Write outputs while requests are still being taken from where they come; see `Engine.stream`.
 
-        Args:
-            requests: Prefixes with their grammars and sampling settings.
-            progress: Called after every step with the ids written and the most that there can be, over all requests.
-
-        Returns:
-            The output ids of every request, in order; each follows its grammar to the end.
-
-        Raises:
-            ConfigError: A request that the model cannot take; no request has been started then.
+        Twice as many requests are taken as fit a step: the next ones are at hand when the first are done.
         """
-        if self._vllm is None and self._canvases is None:
-            raise ConfigError("the engine must be open to generate; it was closed.")
-        for index, request in enumerate(requests):
-            self._check(index, request)
-        in_turn = [index for index, request in enumerate(requests) if request.canvas is None]
-        at_once = [index for index, request in enumerate(requests) if request.canvas is not None]
-        longest = [max_output_length(request.grammar) for request in requests]
-        total, first = sum(longest), sum(longest[index] for index in in_turn)
-        written: dict[int, list[int]] = {}
-        if in_turn:
-            chosen = [requests[index] for index in in_turn]
-            advance = None if progress is None else lambda done, _: progress(done, total)
-            with _threads(self._num_threads_in_turn):
-                written |= zip(in_turn, self._write(chosen, advance), strict=True)
-        if at_once:
-            from poet_serving.maskgit import fill_canvases
+        writers = self._writers()
+        source = enumerate(requests)
+        exhausted = False
+        try:
+            while True:
+                while not exhausted and sum(writer.num_open for writer in writers.values()) < 2 * self._max_num_seqs:
+                    index, request = next(source, (0, None))
+                    if request is None:
+                        exhausted = True
+                        break
+                    self.check(request, index=index)
+                    writers["autoregressive" if request.canvas is None else "parallel"].add(index, request)
+                busy = [name for name, writer in writers.items() if writer.num_open]
+                if not busy:
+                    return
+                finished = []
+                for name in busy:
+                    with _threads(self._num_threads_in_turn if name == "autoregressive" else self._num_threads):
+                        finished += writers[name].step()
+                if progress is not None:
+                    progress(sum(writer.num_known for writer in writers.values()))
+                yield from finished
+        finally:
+            for writer in writers.values():  # Ctrl-C, progress() raised, or nobody wants the rest
+                writer.abort()
 
-            chosen = [requests[index] for index in at_once]
-            advance = None if progress is None else lambda done, _: progress(first + done, total)
-            with _threads(self._num_threads):
-                filled = fill_canvases(self._canvases, chosen, self._max_num_seqs, advance)
-            written |= zip(at_once, filled, strict=True)
-        return [written[index] for index in range(len(requests))]
+    def _writers(self) -> dict[str, Writer]:
+        """What writes, by decoding."""
+        self._check_open()
+        from poet_serving.maskgit import CanvasFiller
+        from poet_serving.writing import OutputWriter
+
+        writers: dict[str, Writer] = {}
+        if self._vllm is not None:
+            writers["autoregressive"] = OutputWriter(self._vllm)
+        if self._canvases is not None:
+            writers["parallel"] = CanvasFiller(self._canvases, self._max_num_seqs)
+        return writers
 
     def upsample(
         self, requests: Sequence[UpsamplingRequest], progress: Callable[[int, int], None] | None = None
@@ -248,62 +255,9 @@ class VLLMEngine:
         with _threads(self._num_threads):
             return upsample_codes(self._upsampler, requests, self._upsampler_config, self._max_num_seqs, progress)
 
-    def _write(
-        self, requests: Sequence[GenerationRequest], progress: Callable[[int, int], None] | None
-    ) -> list[list[int]]:
-        """The outputs of requests that are written one id after another."""
-        parameters = [self._parameters(request) for request in requests]
-        outputs: dict[str, list[int]] = {str(index): [] for index in range(len(requests))}
-        guides: dict[str, list[int]] = {f"{index}-guide": [] for index, one in enumerate(requests) if one.guided}
-        longest = {name: max_output_length(request.grammar) for name, request in zip(outputs, requests, strict=True)}
-        done, total = 0, sum(longest.values())
-        started: list[str] = []
-        try:
-            for name, request, parameter in zip(outputs, requests, parameters, strict=True):
-                for request_id, prefix, one in self._halves(name, request, parameter):
-                    prompt = {"prompt_token_ids": list(prefix)}
-                    started.append(self._vllm.add_request(request_id, prompt, one))
-            while self._vllm.has_unfinished_requests():
-                for change in self._vllm.step():
-                    new = change.outputs[0].token_ids
-                    if change.request_id in guides:
-                        guides[change.request_id] += new
-                        continue
-                    output = outputs[change.request_id]
-                    output += new
-                    # A text that ended early counts as written in full.
-                    done += len(new) + (longest[change.request_id] - len(output) if change.finished else 0)
-                if progress is not None:
-                    progress(done, total)
-        finally:
-            if self._vllm.has_unfinished_requests():  # Ctrl-C, or progress() raised: the engine stays usable
-                self._vllm.abort_request(started, internal=True)
-        for name, ids in guides.items():
-            if ids != outputs[name.removesuffix("-guide")]:
-                raise PoetError(
-                    f"request {name.removesuffix('-guide')} and its guide must write the same ids, they did not. This "
-                    "is a defect; the torch engine writes such requests without pairs."
-                )
-        return list(outputs.values())
-
-    def _halves(
-        self, name: str, request: GenerationRequest, parameter: Any
-    ) -> Iterator[tuple[str, Sequence[int], Any]]:
-        """What vLLM is asked for a request, each with its id and prompt: itself, and its guide where it has one."""
-        if not request.guided or request.guide_ids is None:
-            yield name, request.prefix_ids, parameter
-            return
-        from poet_serving.guidance import Half, guidance_arguments
-
-        pair = uuid.uuid4().hex
-        for suffix, prefix in (("", request.prefix_ids), ("-guide", request.guide_ids)):
-            half = Half(pair, is_guide=bool(suffix), scale=float(request.sampling.guidance_scale))
-            own = copy.copy(parameter)
-            own.extra_args = parameter.extra_args | guidance_arguments(half)
-            yield name + suffix, prefix, own
-
-    def _check(self, index: int, request: GenerationRequest) -> None:
-        """Raise unless the engine can take a request."""
+    def check(self, request: GenerationRequest, *, index: int = 0) -> None:
+        """Raise unless the engine can take a request; see `Engine.check`."""
+        self._check_open()
         check_request(request, self._config, index=index)
         kind, engine = ("autoregressive", self._vllm) if request.canvas is None else ("parallel", self._canvases)
         if engine is None:
@@ -317,28 +271,9 @@ class VLLMEngine:
                 f"num_cache_blocks at least {self._pair_blocks}. Start the engine with more, or set guidance_scale 1."
             )
 
-    def _parameters(self, request: GenerationRequest) -> Any:
-        """Translate a request."""
-        from vllm import SamplingParams
-        from vllm.sampling_params import RequestOutputKind
-
-        from poet_serving.grammar import grammar_arguments
-        from poet_serving.repetition import repetition_arguments
-
-        sampling = request.sampling
-        arguments = grammar_arguments(request.grammar)
-        arguments["extra_args"] |= repetition_arguments(sampling)
-        return SamplingParams(
-            temperature=sampling.temperature,
-            top_k=sampling.top_k,
-            top_p=sampling.top_p,
-            # Without one, vLLM would draw the same clip in every new process.
-            seed=fold_seed(secrets.randbits(63) if sampling.seed is None else sampling.seed),
-            ignore_eos=True,
-            detokenize=False,
-            output_kind=RequestOutputKind.DELTA,
-            **arguments,
-        )
+    def _check_open(self) -> None:
+        if self._vllm is None and self._canvases is None and self._upsampler is None:
+            raise ConfigError("the engine must be open to generate; it was closed.")
 
     def close(self) -> None:
         """Release the model and the cache; closing twice does no harm."""

@@ -13,9 +13,8 @@ Legend: T ids of a step over all requests, C hidden size, N places that a reques
 
 from __future__ import annotations
 
-import uuid
 from collections import deque
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Mapping
 from typing import Any, Final
 
 import numpy as np
@@ -33,10 +32,11 @@ from poet.errors import PoetError
 from poet.generation.engine import GenerationRequest
 from poet.generation.maskgit import Canvas, Logits, draw_places, guided_logits
 from poet.generation.sampling import SamplingConfig
-from poet_serving.guidance import Half, guidance_arguments, half_of_arguments
+from poet_serving.guidance import Half, half_of_arguments
 from poet_serving.vllm_model import BidirectionalDecoderLayer, PoetForCausalLM
+from poet_serving.writing import halves_of
 
-__all__ = ["CanvasPooler", "PoetForCanvas", "fill_canvases"]
+__all__ = ["CanvasFiller", "CanvasPooler", "PoetForCanvas"]
 
 CANVAS_KEY: Final = "poet_canvas"
 _TASK: Final = "token_classify"  # of vLLM's tasks the one that answers for every id
@@ -153,77 +153,83 @@ class PoetForCanvas(PoetForCausalLM):
         return functional.linear(hidden_states, self.lm_head.weight[ids])
 
 
-def fill_canvases(
-    vllm: Any,
-    requests: Sequence[GenerationRequest],
-    max_num_seqs: int,
-    progress: Callable[[int, int], None] | None = None,
-) -> list[list[int]]:
-    """Fill the canvases of all requests.
+class CanvasFiller:
+    """A `poet_serving.writing.Writer` of canvases: as many as fit a step, each to its end, so the first are done early.
 
     Args:
         vllm: an `LLMEngine` that runs `PoetForCanvas`.
-        requests: checked ones, all with canvases.
         max_num_seqs: requests of a step; a guided output counts twice.
-        progress: called after every step with the ids known and those that there are, over all requests.
-
-    Returns:
-        The output ids of each request, complete in its grammar.
     """
-    canvases = [Canvas(one.grammar, one.canvas, one.sampling) for one in requests if one.canvas is not None]
-    waiting = deque(row for row, canvas in enumerate(canvases) if not canvas.done)
-    running: set[int] = set()
-    slots = max_num_seqs
-    started: list[str] = []
-    total = sum(len(canvas.ids) for canvas in canvases)
-    try:
-        while waiting or running:
-            # As many outputs as fit a step, each to its end, so that the first are done early.
-            while waiting and slots >= 1 + requests[waiting[0]].guided:
-                row = waiting.popleft()
-                slots -= 1 + requests[row].guided
-                running.add(row)
-                started += _ask(vllm, row, requests[row], canvases[row])
-            for answer in vllm.step():
-                row, is_guide = _row_of(answer.request_id)
-                if is_guide or not answer.finished:
-                    continue
-                canvas = canvases[row]
-                drawn, sure = answer.outputs.data.numpy().T
-                canvas.settle(drawn.astype(np.int64), sure)
-                if canvas.done:
-                    running.remove(row)
-                    slots += 1 + requests[row].guided
-                else:
-                    started += _ask(vllm, row, requests[row], canvas)
-            if progress is not None:
-                progress(sum(canvas.num_known for canvas in canvases), total)
-    finally:
-        if vllm.has_unfinished_requests():  # Ctrl-C, or progress() raised: the engine stays usable
-            vllm.abort_request(started, internal=True)
-    return [canvas.ids.tolist() for canvas in canvases]
+
+    def __init__(self, vllm: Any, max_num_seqs: int) -> None:
+        self._vllm = vllm
+        self._slots = max_num_seqs
+        self.num_open = self.num_known = 0
+        self._waiting: deque[tuple[int, GenerationRequest, Canvas]] = deque()
+        self._running: dict[int, tuple[GenerationRequest, Canvas]] = {}
+        self._started: dict[int, list[str]] = {}
+
+    def add(self, index: int, request: GenerationRequest) -> None:
+        """See `Writer.add`."""
+        assert request.canvas is not None
+        canvas = Canvas(request.grammar, request.canvas, request.sampling)
+        self.num_known += canvas.num_known
+        self.num_open += 1
+        self._waiting.append((index, request, canvas))
+
+    def step(self) -> list[tuple[int, list[int]]]:
+        """See `Writer.step`."""
+        finished = self._start()
+        for answer in self._vllm.step() if self._running else []:
+            index, is_guide = _index_of(answer.request_id)
+            if is_guide or not answer.finished:
+                continue
+            request, canvas = self._running[index]
+            drawn, sure = answer.outputs.data.numpy().T
+            before = canvas.num_known
+            canvas.settle(drawn.astype(np.int64), sure)
+            self.num_known += canvas.num_known - before
+            if canvas.done:
+                del self._running[index], self._started[index]
+                self._slots += 1 + request.guided
+                finished.append(self._close(index, canvas))
+            else:
+                self._ask(index)
+        return finished
+
+    def abort(self) -> None:
+        """See `Writer.abort`."""
+        if self._vllm.has_unfinished_requests():
+            self._vllm.abort_request([name for names in self._started.values() for name in names], internal=True)
+
+    def _start(self) -> list[tuple[int, list[int]]]:
+        """Fill the free slots; returns canvases that had nothing to fill."""
+        finished = []
+        while self._waiting and self._slots >= 1 + self._waiting[0][1].guided:
+            index, request, canvas = self._waiting.popleft()
+            if canvas.done:
+                finished.append(self._close(index, canvas))
+                continue
+            self._slots -= 1 + request.guided
+            self._running[index] = request, canvas
+            self._ask(index)
+        return finished
+
+    def _ask(self, index: int) -> None:
+        """Ask for the next step of a canvas."""
+        request, canvas = self._running[index]
+        self._started[index] = []
+        for suffix, prefix, half in halves_of(request):
+            arguments = canvas_arguments(len(prefix), canvas) | half
+            params = PoolingParams(task=_TASK, extra_kwargs=arguments, skip_reading_prefix_cache=True)
+            prompt = {"prompt_token_ids": [*prefix, *canvas.shown()]}
+            self._started[index].append(self._vllm.add_request(f"{index}.{canvas.step}{suffix}", prompt, params))
+
+    def _close(self, index: int, canvas: Canvas) -> tuple[int, list[int]]:
+        self.num_open -= 1
+        ids: list[int] = canvas.ids.tolist()
+        return index, ids
 
 
-def _ask(vllm: Any, row: int, request: GenerationRequest, canvas: Canvas) -> list[str]:
-    """Ask for the next step of a canvas; the names that the engine gives to what was asked."""
-    names = []
-    for suffix, prefix, half in _halves(request):
-        arguments = canvas_arguments(len(prefix), canvas) | half
-        params = PoolingParams(task=_TASK, extra_kwargs=arguments, skip_reading_prefix_cache=True)
-        prompt = {"prompt_token_ids": [*prefix, *canvas.shown()]}
-        names.append(vllm.add_request(f"{row}.{canvas.step}{suffix}", prompt, params))
-    return names
-
-
-def _halves(request: GenerationRequest) -> Iterator[tuple[str, Sequence[int], dict[str, Any]]]:
-    if not request.guided or request.guide_ids is None:
-        yield "", request.prefix_ids, {}
-        return
-    pair = uuid.uuid4().hex
-    for suffix, prefix in (("", request.prefix_ids), ("-guide", request.guide_ids)):
-        half = Half(pair, is_guide=bool(suffix), scale=float(request.sampling.guidance_scale))
-        yield suffix, prefix, guidance_arguments(half)
-
-
-def _row_of(name: str) -> tuple[int, bool]:
+def _index_of(name: str) -> tuple[int, bool]:
     return int(name.partition(".")[0]), name.endswith("-guide")

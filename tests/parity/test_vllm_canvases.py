@@ -187,6 +187,33 @@ def test_vllms_own_requests_which_ask_for_nothing_are_answered() -> None:
     assert [tuple(answer.shape) for answer in pooler.forward(torch.zeros(7, 4), metadata)] == [(0, 2), (0, 2)]
 
 
+def test_outputs_come_as_they_are_finished_while_requests_are_still_being_taken(engine: VLLMEngine) -> None:
+    """Canvases and outputs that are written in turn, guided and not, in one stream; what is given up leaves nothing."""
+    asked = []
+    for number in range(24):
+        one = guided(number) if number % 3 == 0 else request(number)
+        asked.append(dataclasses.replace(one, canvas=None) if number % 4 == 1 else one)
+    expected = engine.generate(asked)
+    taken: list[int] = []
+
+    def source() -> Iterator[GenerationRequest]:
+        for number, one in enumerate(asked):
+            taken.append(number)
+            yield one
+
+    stream = engine.stream(source())
+    first = next(stream)
+    assert len(taken) <= 2 * 7
+    found = dict([first, *stream])
+    assert [found[number] for number in range(24)] == expected
+    given_up = engine.stream(asked)
+    next(given_up)
+    given_up.close()
+    for vllm in (engine._vllm, engine._canvases):
+        assert not vllm.has_unfinished_requests()
+    assert engine.generate(asked[:5]) == expected[:5]
+
+
 def test_a_request_that_is_parted_from_its_guide_stops_the_engine_rather_than_writing_wrong_ids() -> None:
     from vllm import PoolingParams
     from vllm.v1.pool.metadata import PoolingMetadata

@@ -2,7 +2,7 @@
 
 import dataclasses
 import sys
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from importlib.metadata import EntryPoint
 from pathlib import Path
 from types import ModuleType
@@ -224,6 +224,35 @@ def test_requests_that_the_model_cannot_take_are_refused_by_number(
 def test_empty_prefixes_are_refused(model: PoetTransformer) -> None:
     with pytest.raises(ShapeError, match="one id or more"):
         write_outputs(model, [[1], []], [(Segment(1, 2, 3),)] * 2, [GREEDY] * 2)
+
+
+def test_outputs_come_as_they_are_finished_while_requests_are_still_being_taken(bundle: Path) -> None:
+    asked = [
+        GenerationRequest(
+            prefix_ids=(1, 17, 30 + number), grammar=(Segment(3 + number % 4, 300, 320),), sampling=GREEDY
+        )
+        for number in range(21)
+    ]
+    taken: list[int] = []
+
+    def source() -> Iterator[GenerationRequest]:
+        for number, request in enumerate(asked):
+            taken.append(number)
+            yield request
+
+    with TorchEngine(bundle, max_batch_size=2) as engine:
+        expected = engine.generate(asked)
+        written: list[int] = []
+        stream = engine.stream(source(), written.append)
+        first = next(stream)
+        assert len(taken) == 8  # four batches' worth
+        found = dict([first, *stream])
+        assert [found[number] for number in range(21)] == expected
+        assert written == sorted(written)
+        assert written[-1] == sum(3 + number % 4 for number in range(21))
+        bad = dataclasses.replace(asked[0], prefix_ids=(10_000,))
+        with pytest.raises(ConfigError, match="request 1: prefix ids"):
+            list(engine.stream([asked[0], bad]))
 
 
 def test_closed_engine_writes_nothing(bundle: Path) -> None:

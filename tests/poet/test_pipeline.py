@@ -2,7 +2,7 @@
 
 import dataclasses
 import json
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from pathlib import Path
 
 import numpy as np
@@ -12,8 +12,8 @@ from numpy.typing import NDArray
 from poet.bundle import Bundle
 from poet.errors import ConfigError
 from poet.generation.canvas import ParallelDecoding
-from poet.generation.engine import GenerationRequest
-from poet.generation.pipeline import ClipRequest, Pipeline
+from poet.generation.engine import GenerationRequest, StreamingEngine
+from poet.generation.pipeline import ClipRequest, Pipeline, PreparedClip
 from poet.generation.sampling import SamplingConfig
 from poet.generation.upsample import Upsampling, UpsamplingRequest
 from poet.media import Clip
@@ -22,7 +22,7 @@ from poet.tasks import TASKS
 from poet.testing import tiny_bundle, tiny_upsampler
 
 
-class DiceEngine:
+class DiceEngine(StreamingEngine):
     """Draws any legal id; remembers what it was asked."""
 
     name = "dice"
@@ -30,19 +30,20 @@ class DiceEngine:
     def __init__(self) -> None:
         self.requests: list[GenerationRequest] = []
 
-    def generate(
-        self, requests: Sequence[GenerationRequest], progress: Callable[[int, int], None] | None = None
-    ) -> list[list[int]]:
-        self.requests += requests
-        outputs = []
-        for request in requests:
+    def check(self, request: GenerationRequest, *, index: int = 0) -> None:
+        """It can take any."""
+
+    def stream(
+        self, requests: Iterable[GenerationRequest], progress: Callable[[int], None] | None = None
+    ) -> Iterator[tuple[int, list[int]]]:
+        for index, request in enumerate(requests):
+            self.requests.append(request)
             rng = np.random.default_rng(request.sampling.seed)
             state, ids = GrammarState(request.grammar), []
             while not state.done:
                 ids.append(int(rng.integers(state.low, state.high)))
                 state.advance(ids[-1])
-            outputs.append(ids)
-        return outputs
+            yield index, ids
 
     def upsample(
         self, requests: Sequence[UpsamplingRequest], progress: Callable[[int, int], None] | None = None
@@ -331,3 +332,34 @@ def test_a_negative_prompt_that_could_do_nothing_is_refused(bundle: Bundle) -> N
         pipeline.generate([ClipRequest(task="unconditional", negative_text="c", sampling=guided)])
     with pytest.raises(ConfigError, match="guidance_scale other than 1"):
         pipeline.generate([ClipRequest(task="text_to_video_audio", text="a", negative_text="c")])
+
+
+def test_clips_are_written_while_others_are_being_prepared_and_are_the_same_as_all_at_once(bundle: Bundle) -> None:
+    pipeline, engine = make(bundle)
+    asked = [
+        ClipRequest(task="text_to_video_audio", text="a star", sampling=SamplingConfig(seed=3)),
+        ClipRequest(task="image_to_video", clip=given(pipeline, 1), sampling=SamplingConfig(seed=4)),
+        ClipRequest(task="captioning", clip=given(pipeline, 5), sampling=SamplingConfig(seed=5)),
+        ClipRequest(task="text_to_audio", text="a bell", sampling=SamplingConfig(seed=6)),
+        ClipRequest(task="text_to_image", text="a ring", sampling=SamplingConfig(seed=7)),
+    ]
+    expected = pipeline.generate(asked)
+    engine.requests.clear()
+    taken: list[int] = []
+
+    def prepared() -> Iterator[PreparedClip]:
+        for number, request in enumerate(asked):
+            taken.append(number)
+            yield pipeline.prepare(request)
+
+    stream = pipeline.stream(prepared(), batch_size=2)
+    assert taken == []
+    first = [next(stream), next(stream)]
+    assert taken == [0, 1]
+    found = dict([*first, *stream])
+    assert sorted(found) == [0, 1, 2, 3, 4]
+    for number, clip in enumerate(expected):
+        assert found[number].ids == clip.ids
+        assert found[number].text == clip.text
+        assert found[number].metadata == clip.metadata
+        assert (found[number].clip is None) == (clip.clip is None)

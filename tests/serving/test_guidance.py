@@ -127,9 +127,17 @@ def test_an_interrupted_call_leaves_no_half_behind(engine: VLLMEngine) -> None:
 
 
 def submit(engine: VLLMEngine, request: GenerationRequest, name: str, halves: tuple[int, ...] = (0, 1)) -> list[str]:
-    parameter = engine._parameters(request)
-    wanted = [half for place, half in enumerate(engine._halves(name, request, parameter)) if place in halves]
-    return [engine._vllm.add_request(id, {"prompt_token_ids": list(ids)}, one) for id, ids, one in wanted]
+    """Hand halves of a request to vLLM."""
+    from poet_serving.writing import _parameters, halves_of
+
+    names = []
+    for place, (suffix, prefix, half) in enumerate(halves_of(request)):
+        if place in halves:
+            parameters = _parameters(request)
+            parameters.extra_args |= half
+            prompt = {"prompt_token_ids": list(prefix)}
+            names.append(engine._vllm.add_request(name + suffix, prompt, parameters))
+    return names
 
 
 def finish(engine: VLLMEngine) -> dict[str, list[int]]:

@@ -145,12 +145,23 @@ def test_it_starts_no_process(engine: VLLMEngine) -> None:
     assert not [command for command in commands if b"vllm" in command.lower() or b"spawn_main" in command]
 
 
-def test_it_leaves_the_callers_threads_and_random_numbers_alone(engine: VLLMEngine) -> None:
+def test_it_leaves_the_callers_threads_and_random_numbers_alone(
+    engine: VLLMEngine, monkeypatch: pytest.MonkeyPatch
+) -> None:
     before = torch.get_num_threads()
     torch.set_num_threads(before + 1)
     within: list[int] = []
-    engine.generate([request_of(0)], lambda done, total: within.append(torch.get_num_threads()))
+    between: list[int] = []
+    step = engine._vllm.step
+
+    def counting() -> object:
+        within.append(torch.get_num_threads())
+        return step()
+
+    monkeypatch.setattr(engine._vllm, "step", counting)
+    engine.generate([request_of(0)], lambda done, total: between.append(torch.get_num_threads()))
     assert set(within) == {1}  # a small model
+    assert set(between) == {before + 1}
     assert torch.get_num_threads() == before + 1
     torch.set_num_threads(before)
 
