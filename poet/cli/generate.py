@@ -17,7 +17,6 @@ if TYPE_CHECKING:
     from poet.bundle import Bundle
     from poet.generation.canvas import ParallelDecoding
     from poet.generation.upsample import Upsampling
-    from poet.media import Clip
     from poet.tasks import Task
 
 __all__ = ["generate", "parallel_decoding", "upsampling"]
@@ -82,6 +81,7 @@ def generate(
     """Write a clip from a text, an image, a clip, a sound, or nothing."""
     started = time.monotonic()
     from poet.bundle import Bundle, default_bundle
+    from poet.generation.given import GivenFiles
     from poet.media import write_clip
     from poet.tasks import get_task
 
@@ -110,20 +110,19 @@ def generate(
         upsample_temperature=upsample_temperature,
         engine=engine,
     )
-    if image is not None and video is not None:
-        raise ConfigError("give --image or --video, not both: either one is what the clip goes on from.")
     expected_ids = None
     if like is not None:
         settings, expected_ids = _settings_like(like, settings, bundle)
     defaults = bundle.generation_config
-    chosen = settings.task or _guess_task(settings, defaults.task)
+    files = GivenFiles(image=settings.image, video=settings.video, audio=settings.audio)
+    has_text = settings.prompt is not None
+    chosen = settings.task or files.guess_task(has_text=has_text, default=defaults.task)
     row = get_task(chosen)
     bundle.check_trained(chosen)
     targets = _targets(output, num_samples, row)
     if not row.writes_text:
         keep_what_is_read(targets, (settings.image, settings.video, settings.audio, like))
-    given = _read_given(settings, bundle, row)
-    _check_given(settings, given, row)
+    given = files.read(bundle, row, has_text=has_text)
     sources = settings.sources()
     # torch, which takes seconds: only once all that was asked is sound
     from poet.generation.engine import decodings_for, load_engine
@@ -332,16 +331,6 @@ def _check_upsampler(path: Path, facts: Mapping[str, str], bundle: Bundle) -> No
         )
 
 
-def _guess_task(settings: _Settings, default: str) -> str:
-    if settings.image is not None:
-        return "image_to_video"
-    if settings.video is not None:
-        return "video_continuation" if settings.audio is None else "audio_video_continuation"
-    if settings.audio is not None:
-        return "audio_to_video"
-    return "unconditional" if settings.prompt is None else default
-
-
 def _targets(output: Path | None, num_samples: int, task: Task) -> list[Path]:
     """One file a sample: clip.mp4, or clip-1.mp4, clip-2.mp4 ...; what cannot be written is refused at once.
 
@@ -361,44 +350,6 @@ def _targets(output: Path | None, num_samples: int, task: Task) -> list[Path]:
                 raise ConfigError(f"{target} is there already and would be written over. Name the file with -o.")
             check_target(target, has_video=task.writes_video, has_audio=task.writes_audio)
     return targets
-
-
-def _check_given(settings: _Settings, clip: Clip | None, task: Task) -> None:
-    """Refuse what the task does not read, and ask for what it needs, before an engine is started."""
-    sound_of_video = clip is not None and clip.samples is not None and "audio" in task.inputs
-    there = {
-        "text": settings.prompt is not None,
-        "video": settings.image is not None or settings.video is not None,
-        "audio": settings.audio is not None or sound_of_video,
-    }
-    task.check_inputs([kind for kind, given in there.items() if given])
-
-
-def _read_given(settings: _Settings, bundle: Bundle, task: Task) -> Clip | None:
-    """The conditioning clip at the bundle's size and rate, or None."""
-    from poet.media import Clip, read_audio, read_clip, read_image
-
-    size = bundle.generation_config
-    rate = bundle.vocabulary.sample_rate
-    clip = None
-    if settings.image is not None:
-        picture = read_image(settings.image, height=size.height, width=size.width)
-        clip = Clip(frames=picture[None], fps=size.fps, samples=None, sample_rate=rate)
-    elif settings.video is not None:
-        whole = size.num_frames / size.fps if task.conditioning == "whole" else None
-        clip = read_clip(
-            settings.video,
-            fps=size.fps,
-            height=size.height,
-            width=size.width,
-            sample_rate=rate,
-            duration=whole,
-            want_video=True,
-        )
-    if settings.audio is not None:
-        sound = read_audio(settings.audio, sample_rate=rate)
-        clip = Clip(frames=None if clip is None else clip.frames, fps=size.fps, samples=sound, sample_rate=rate)
-    return clip
 
 
 def parallel_decoding(
