@@ -360,6 +360,20 @@ class Bundle:
         return self.upsampler
 
     @cached_property
+    def upsampler_scale(self) -> int:
+        """How many times as high and wide the upsampler makes a picture.
+
+        Raises:
+            ConfigError: the bundle has none.
+            CheckpointError: its config.json is damaged.
+        """
+        file = self.check_upsampler() / CONFIG_FILE
+        try:
+            return int(json.loads(file.read_text(encoding="utf-8"))["upsampler"]["scale"])
+        except (OSError, ValueError, KeyError, TypeError) as error:
+            raise CheckpointError(f"{file} does not describe an upsampler. Copy the bundle whole.") from error
+
+    @cached_property
     def upsampler_sha256(self) -> str:
         """sha256 in hex of the upsampler's weights; "" without one."""
         if self.upsampler is None:

@@ -30,7 +30,10 @@ from poet.errors import ConfigError, PoetError
 __all__ = ["build_app", "main"]
 
 # What `poet --help` says of our own commands in other packages, which it does not load.
-OWN_PLUGINS = {"poet_conversions.cli:convert": "Convert a bundle to a Megatron checkpoint, or the other way."}
+OWN_PLUGINS = {
+    "poet_conversions.cli:convert": "Convert a bundle to a Megatron checkpoint, or the other way.",
+    "poet_serving.cli:batch": "Write a clip for every line of a file; what is answered already is not done again.",
+}
 
 EXIT_ERROR, EXIT_INTERRUPTED = 1, 130
 

@@ -28,7 +28,7 @@ from poet.generation.canvas import ParallelDecoding
 from poet.generation.engine import decodings_for, load_engine
 from poet.generation.pipeline import ClipRequest, Pipeline
 from poet.generation.sampling import SamplingConfig
-from poet.generation.upsample import Upsampling, UpsamplingRequest
+from poet.generation.upsample import Upsampling
 from poet.media import Clip
 from poet.tasks import Task, get_task
 
@@ -254,8 +254,7 @@ def upsampling(
     scores: dict[str, list[dict[str, bool]]] = {}
     writer = load_engine(engine, bundle.path, decodings=["upsampling"])
     try:
-        [row] = writer.upsample([UpsamplingRequest(low=np.zeros((1, 1, 1), np.int64))])
-        large = RESOLUTION * row.shape[1]
+        large = RESOLUTION * bundle.upsampler_scale
         for split in splits:
             drawn = [draw(split, start + number) for number in range(count)]
             pictures: list[tuple[Clip, Clip]] = []

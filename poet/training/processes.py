@@ -43,7 +43,7 @@ def alone_in(directory: Path) -> Iterator[None]:
         except OSError as error:
             if error.errno in (errno.EAGAIN, errno.EACCES):
                 raise ConfigError(
-                    f"{directory} is being trained in by another process. Wait for it or stop it, or name another "
+                    f"{directory} is in use by another process. Wait for it or stop it, or name another "
                     "directory with -o."
                 ) from error
         yield

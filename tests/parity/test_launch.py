@@ -84,12 +84,12 @@ def test_a_run_that_is_refused_has_changed_nothing(
     capsys.readouterr()
     with alone_in(run):
         assert main(["train", str(recipe), "-o", str(run), "--set", "num_steps=9"]) == 1
-    assert "being trained in by another process" in capsys.readouterr().err
+    assert "in use by another process" in capsys.readouterr().err
     assert {path: path.read_bytes() for path in run.rglob("*") if path.is_file()} == before
 
 
 def test_a_directory_has_one_run_at_a_time(tmp_path: Path) -> None:
-    refused = pytest.raises(ConfigError, match="being trained in by another process")
+    refused = pytest.raises(ConfigError, match="in use by another process")
     with alone_in(tmp_path), refused, alone_in(tmp_path):
         raise AssertionError("two runs in one directory")
     with alone_in(tmp_path):

@@ -1,6 +1,9 @@
 """Reading and writing of media: what goes in comes out, in step, in shape and upright."""
 
+import os
 import struct
+import subprocess
+import sys
 from fractions import Fraction
 from pathlib import Path
 from typing import Any
@@ -467,3 +470,28 @@ def test_clips_of_the_wrong_shape_type_or_range_are_refused(frames: Any, samples
 def test_duration_is_the_pictures_and_else_the_sounds() -> None:
     assert Clip(FRAMES, 8.0, SAMPLES, 16000).duration == 0.25
     assert Clip(None, 8.0, np.zeros(4000, np.float32), 16000).duration == 0.25
+
+
+WRITE_NOISE = """
+import sys
+import numpy as np
+from poet.media import Clip, write_clip
+rng = np.random.default_rng(0)
+frames = rng.integers(0, 255, (5, 64, 64, 3), dtype=np.uint8)
+sound = (rng.normal(size=10_000) / 10).astype(np.float32)
+write_clip(Clip(frames=frames, fps=8.0, samples=sound, sample_rate=16_000), sys.argv[1])
+"""
+
+
+@pytest.mark.parametrize("suffix", [".mp4", ".webm"])
+def test_the_same_clip_is_the_same_film_whatever_lay_in_memory_before(suffix: str, tmp_path: Path) -> None:
+    """glibc fills new memory with a pattern of its own; an encoder that reads what it never wrote shows it."""
+    films = []
+    for pattern in (0, 1, 85):
+        path = tmp_path / f"{pattern}{suffix}"
+        environment = os.environ | {"MALLOC_PERTURB_": str(pattern)}
+        subprocess.run([sys.executable, "-c", WRITE_NOISE, str(path)], env=environment, check=True)
+        films.append((path.stat().st_size, read_clip(path).frames))
+    for size, frames in films[1:]:
+        assert size == films[0][0]
+        np.testing.assert_array_equal(frames, films[0][1])

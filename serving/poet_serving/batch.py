@@ -1,0 +1,338 @@
+"""`poet batch`: a file of requests in OpenAI's batch form, carried out with one engine, and again after a kill.
+
+A result is one line of `results.jsonl`, written after its media file has its name, so whatever a line names is whole.
+A line that was answered is never carried out again; a line that cannot be carried out is answered with its error and
+stops nothing. Results come in the order in which they are finished. This module knows files and lines; what a body
+means is `poet_serving.schema`'s business.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import hashlib
+import itertools
+import json
+import os
+import time
+from collections.abc import Callable, Iterator, Mapping
+from pathlib import Path
+from typing import Any, Final
+
+from poet.bundle import Bundle
+from poet.errors import ConfigError, MediaError, PoetError
+from poet.generation.pipeline import GeneratedClip, Pipeline, PreparedClip
+from poet.media import write_clip
+from poet.tasks import get_task
+from poet_serving.references import reference_files
+from poet_serving.schema import RequestError, VideoBody, to_clip_request
+
+__all__ = ["BatchLine", "BatchScan", "BatchSummary", "read_lines", "run_batch", "scan"]
+
+RESULTS: Final = "results.jsonl"
+MEDIA: Final = "media"
+URL: Final = "/v1/videos"
+MAX_LINE: Final = 64 * 2**20  # bytes; a data URL of a clip is a few MB
+SUFFIXES: Final = {"image": ".png", "audio": ".wav"}
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class BatchLine:
+    """One request of a file.
+
+    Attributes:
+        number: of the line, from 1.
+        custom_id: the caller's own name for it; None where the line has none.
+        body: of the request, as it was read; {} where the line is no request.
+        error: why the line is no request, or None.
+    """
+
+    number: int
+    custom_id: str | None
+    body: Mapping[str, Any]
+    error: RequestError | None = None
+
+    @property
+    def key(self) -> str:
+        """By which its result is found again."""
+        return f"line {self.number}" if self.custom_id is None else f"id {self.custom_id}"
+
+    @property
+    def digest(self) -> str:
+        """sha256 in hex of what was asked for."""
+        asked = json.dumps([self.custom_id, self.body], sort_keys=True)
+        return hashlib.sha256(asked.encode()).hexdigest()
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class BatchSummary:
+    """What a run did.
+
+    Attributes:
+        completed: lines that became clips, of this run and earlier ones.
+        failed: lines that were answered with an error, likewise.
+        before: lines that earlier runs had answered.
+        seconds: that this run took.
+    """
+
+    completed: int
+    failed: int
+    before: int
+    seconds: float
+
+
+def read_lines(path: Path) -> Iterator[BatchLine]:
+    """Read a file of requests; lines of white space are passed over.
+
+    Args:
+        path: lines {"custom_id", "method": "POST", "url": "/v1/videos", "body"}.
+
+    Raises:
+        MediaError: it cannot be read.
+    """
+    try:
+        with path.open("rb") as file:
+            number = 0
+            while line := file.readline(MAX_LINE + 1):
+                number += 1
+                if len(line) > MAX_LINE:
+                    while not line.endswith(b"\n") and (line := file.readline(MAX_LINE)):
+                        pass
+                    error = RequestError(f"a line must have at most {MAX_LINE} bytes.", code="line_too_long")
+                    yield BatchLine(number=number, custom_id=None, body={}, error=error)
+                elif line.strip():
+                    yield _parse(number, line)
+    except OSError as error:
+        raise MediaError(f"{path} cannot be read: {error.strerror}.") from error
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class BatchScan:
+    """What a file asks for, before an engine is started for it.
+
+    Attributes:
+        num_lines: requests and lines that are none.
+        decodings: that an engine must be started with.
+    """
+
+    num_lines: int
+    decodings: tuple[str, ...]
+
+
+def scan(path: Path, bundle: Bundle) -> BatchScan:
+    """Read a file once to see what it asks for.
+
+    Args:
+        path: as for `read_lines`.
+        bundle: tells what a size means.
+
+    Raises:
+        MediaError: it cannot be read.
+        ConfigError: there is no line in it.
+    """
+    count, wanted = 0, set[str]()
+    own = f"{bundle.generation_config.width}x{bundle.generation_config.height}"
+    for line in read_lines(path):
+        count += 1
+        wanted.add("parallel" if line.body.get("decoding") == "parallel" else "autoregressive")
+        if bundle.upsampler is not None and line.body.get("size", own) != own:
+            wanted.add("upsampling")
+    if not count:
+        raise ConfigError(f"{path} must hold a request a line, it holds none.")
+    return BatchScan(num_lines=count, decodings=tuple(sorted(wanted)))
+
+
+def run_batch(
+    lines: Iterator[BatchLine],
+    pipeline: Pipeline,
+    output: Path,
+    *,
+    base: Path,
+    progress: Callable[[int, int], None] | None = None,
+) -> BatchSummary:
+    """Carry out what has not been answered yet.
+
+    Args:
+        lines: of the file.
+        pipeline: its engine must have been started for all that the lines may ask for.
+        output: directory of the results; made if missing.
+        base: directory that paths of input references start from.
+        progress: called with lines answered, in all and in this run.
+
+    Returns:
+        What was done.
+
+    Raises:
+        ConfigError: the directory holds results of other requests.
+        MediaError: it cannot be written.
+    """
+    begun = time.monotonic()
+    book = _Book(output)
+    before = len(book.answered)
+    waiting: dict[int, BatchLine] = {}
+    taken = itertools.count()
+
+    def prepared() -> Iterator[PreparedClip]:
+        for line in lines:
+            if not book.is_new(line):
+                continue
+            try:
+                clip = _prepare(line, pipeline, base)
+            except (ConfigError, MediaError, RequestError) as error:
+                book.fail(line, error)
+                _tell(progress, book, before)
+                continue
+            waiting[next(taken)] = line
+            yield clip
+
+    for place, made in pipeline.stream(prepared()):
+        book.complete(waiting.pop(place), made, pipeline.bundle)
+        _tell(progress, book, before)
+    return BatchSummary(
+        completed=book.completed, failed=book.failed, before=before, seconds=round(time.monotonic() - begun, 3)
+    )
+
+
+def _tell(progress: Callable[[int, int], None] | None, book: _Book, before: int) -> None:
+    if progress is not None:
+        progress(len(book.answered), len(book.answered) - before)
+
+
+def _parse(number: int, line: bytes) -> BatchLine:
+    try:
+        value = json.loads(line)
+    except ValueError as error:
+        return _bad(number, None, f"line {number} must be JSON: {error}", "invalid_json", None)
+    if not isinstance(value, dict):
+        return _bad(number, None, f"line {number} must be a JSON object, it is not.", "invalid_json", None)
+    name = value.get("custom_id")
+    if not isinstance(name, str) or not name or len(name) > 512:
+        return _bad(number, None, "custom_id must be a text of 1 to 512 characters.", "invalid_value", "custom_id")
+    if unknown := sorted(value.keys() - {"custom_id", "method", "url", "body"}):
+        return _bad(number, name, f"unknown key {unknown[0]!r}.", "unknown_parameter", unknown[0])
+    for key, wanted in (("method", "POST"), ("url", URL)):
+        if value.get(key, wanted) != wanted:
+            return _bad(number, name, f"{key} must be {wanted!r}, got {value[key]!r}.", "invalid_value", key)
+    if not isinstance(value.get("body"), dict):
+        return _bad(number, name, "body must be an object.", "invalid_value", "body")
+    return BatchLine(number=number, custom_id=name, body=value["body"])
+
+
+def _bad(number: int, custom_id: str | None, message: str, code: str, param: str | None) -> BatchLine:
+    error = RequestError(message, code=code, param=param)
+    return BatchLine(number=number, custom_id=custom_id, body={}, error=error)
+
+
+def _prepare(line: BatchLine, pipeline: Pipeline, base: Path) -> PreparedClip:
+    if line.error is not None:
+        raise line.error
+    body = VideoBody.parse(line.body)
+    with reference_files(body, base) as files:
+        return pipeline.prepare(to_clip_request(body, pipeline.bundle, files))
+
+
+class _Book:
+    """The results of a directory: which lines are answered, and new answers.
+
+    Raises:
+        ConfigError: a line of it is no result.
+        MediaError: it cannot be read or written.
+    """
+
+    def __init__(self, directory: Path) -> None:
+        self.directory = directory
+        self.answered: dict[str, str] = {}
+        self.seen: set[str] = set()
+        self.completed = self.failed = 0
+        try:
+            (directory / MEDIA).mkdir(parents=True, exist_ok=True)
+            self._drop_half_a_line()
+            self._read()
+        except OSError as error:
+            raise MediaError(f"{directory} cannot hold results: {error.strerror}. Name another with -o.") from error
+
+    def is_new(self, line: BatchLine) -> bool:
+        """Whether a line is to be carried out; a second one of the same name is answered with an error."""
+        if line.key in self.seen:
+            again = dataclasses.replace(line, custom_id=None)
+            if again.key not in self.answered:
+                message = f"custom_id must be the line's own, {line.custom_id!r} was named before."
+                self.fail(again, RequestError(message, code="duplicate_custom_id", param="custom_id"), line.custom_id)
+            return False
+        self.seen.add(line.key)
+        known = self.answered.get(line.key)
+        if known is not None and known != line.digest:
+            raise ConfigError(
+                f"{self.directory} holds an answer to {line.key}, which asked for something else than line "
+                f"{line.number} does now. Name another directory with -o."
+            )
+        return known is None
+
+    def complete(self, line: BatchLine, made: GeneratedClip, bundle: Bundle) -> None:
+        """Keep a clip: the media file first, then the line that names it."""
+        body: dict[str, Any] = {
+            "id": f"video_{line.digest[:24]}",
+            "object": "video",
+            "model": bundle.path.name,
+            "status": "completed",
+            "progress": 100,
+            "created_at": int(time.time()),
+            "completed_at": int(time.time()),
+            "prompt": made.request.text,
+            "metadata": made.metadata,
+        }
+        if made.text is not None:
+            body["text"] = made.text
+        if made.clip is not None:
+            name = f"{MEDIA}/{line.number:06d}{SUFFIXES.get(get_task(made.request.task).outputs, '.mp4')}"
+            write_clip(made.clip, self.directory / name, metadata=made.metadata)
+            body |= {"file": name, "seconds": f"{made.clip.duration:g}"}
+            if made.clip.frames is not None:
+                body["size"] = f"{made.clip.frames.shape[2]}x{made.clip.frames.shape[1]}"
+        self._append(line, line.custom_id, 200, body)
+
+    def fail(self, line: BatchLine, error: PoetError, custom_id: str | None = None) -> None:
+        """Keep why a line was not carried out."""
+        known = error if isinstance(error, RequestError) else RequestError(str(error), code="invalid_value")
+        self._append(line, custom_id or line.custom_id, known.status, known.body)
+
+    def _append(self, line: BatchLine, custom_id: str | None, status: int, body: Mapping[str, Any]) -> None:
+        result = {
+            "id": f"batch_req_{line.digest[:24]}",
+            "custom_id": custom_id,
+            "response": {"status_code": status, "request_id": f"req_{line.digest[24:48]}", "body": body},
+            "error": None,
+            "poet": {"line": line.number, "key": line.key, "request_sha256": line.digest},
+        }
+        try:
+            with (self.directory / RESULTS).open("ab") as file:
+                file.write(json.dumps(result).encode() + b"\n")
+                file.flush()
+                os.fsync(file.fileno())
+        except OSError as error:
+            raise MediaError(f"{self.directory / RESULTS} cannot be written: {error.strerror}.") from error
+        self._count(result)
+
+    def _read(self) -> None:
+        file = self.directory / RESULTS
+        for number, line in enumerate(file.read_bytes().splitlines() if file.exists() else [], 1):
+            try:
+                self._count(json.loads(line))
+            except (ValueError, KeyError, TypeError) as error:
+                raise ConfigError(
+                    f"line {number} of {file} is no result of a batch. Name another directory."
+                ) from error
+
+    def _count(self, result: Mapping[str, Any]) -> None:
+        self.answered[result["poet"]["key"]] = result["poet"]["request_sha256"]
+        done = result["response"]["status_code"] == 200
+        self.completed, self.failed = self.completed + done, self.failed + (not done)
+
+    def _drop_half_a_line(self) -> None:
+        """Cut off what a kill left behind the last whole line."""
+        file = self.directory / RESULTS
+        if not file.exists():
+            return
+        content = file.read_bytes()
+        whole = content.rfind(b"\n") + 1
+        if whole < len(content):
+            os.truncate(file, whole)
