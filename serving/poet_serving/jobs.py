@@ -1,0 +1,497 @@
+"""Jobs that survive: what was accepted, what became of it, and its files.
+
+A job is a row of a database; its files lie in a directory of their own. Files come first and are renamed into place,
+the row that names them last, so a kill at any moment leaves a job that is whole or one that is still to be done.
+Whoever asks says on whose behalf (`owner`), and sees no other's jobs. This module knows rows and files; what a job
+asks for and how it is done belong to others.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import dataclasses
+import enum
+import hashlib
+import json
+import os
+import secrets
+import shutil
+import time
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from pathlib import Path
+from typing import Any, Final, Literal
+
+from sqlalchemy import (
+    JSON,
+    Engine,
+    ForeignKey,
+    Index,
+    String,
+    UniqueConstraint,
+    create_engine,
+    delete,
+    event,
+    select,
+    update,
+)
+from sqlalchemy.exc import IntegrityError, SQLAlchemyError
+from sqlalchemy.orm import DeclarativeBase, Mapped, Session, mapped_column
+
+from poet.errors import PoetError
+
+__all__ = ["Job", "JobError", "JobStatus", "JobStore"]
+
+MAX_ATTEMPTS: Final = 3
+UNFINISHED: Final = ".unfinished-"
+
+
+class JobError(PoetError, RuntimeError):
+    """The store cannot do what was asked.
+
+    Args:
+        message: for a person.
+        code: for a program: "idempotency_conflict", "not_found" or "store_unavailable".
+    """
+
+    def __init__(self, message: str, code: str) -> None:
+        super().__init__(message)
+        self.code = code
+
+
+class JobStatus(enum.StrEnum):
+    """Where a job stands, in OpenAI's words."""
+
+    QUEUED = "queued"
+    IN_PROGRESS = "in_progress"
+    COMPLETED = "completed"
+    FAILED = "failed"
+
+    @property
+    def ended(self) -> bool:
+        """Whether nothing more will happen to it."""
+        return self in (JobStatus.COMPLETED, JobStatus.FAILED)
+
+
+class _Base(DeclarativeBase):
+    pass
+
+
+class _Row(_Base):
+    __tablename__ = "jobs"
+    __table_args__ = (Index("jobs_by_owner", "owner", "number"), Index("jobs_by_status", "status", "number"))
+
+    number: Mapped[int] = mapped_column(primary_key=True, autoincrement=True)
+    id: Mapped[str] = mapped_column(String(64), unique=True)
+    owner: Mapped[str] = mapped_column(String(64))
+    status: Mapped[str] = mapped_column(String(16))
+    body: Mapped[dict[str, Any]] = mapped_column(JSON)
+    progress: Mapped[int] = mapped_column(default=0)
+    attempts: Mapped[int] = mapped_column(default=0)
+    created_at: Mapped[float]
+    completed_at: Mapped[float | None]
+    expires_at: Mapped[float | None]
+    size_bytes: Mapped[int] = mapped_column(default=0)
+    result: Mapped[dict[str, Any] | None] = mapped_column(JSON)
+    error: Mapped[dict[str, Any] | None] = mapped_column(JSON)
+
+
+class _Key(_Base):
+    """An Idempotency-Key: whose, and for which job and request."""
+
+    __tablename__ = "idempotency_keys"
+    __table_args__ = (UniqueConstraint("owner", "key"),)
+
+    number: Mapped[int] = mapped_column(primary_key=True, autoincrement=True)
+    owner: Mapped[str] = mapped_column(String(64))
+    key: Mapped[str] = mapped_column(String(256))
+    request_sha256: Mapped[str] = mapped_column(String(64))
+    job: Mapped[int] = mapped_column(ForeignKey("jobs.number", ondelete="CASCADE"))
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Job:
+    """A job as it stood when it was read.
+
+    Attributes:
+        id: unguessable.
+        owner: on whose behalf; "" where there are no keys.
+        status: where it stands.
+        body: what was asked for.
+        progress: percent.
+        attempts: times that it was begun.
+        created_at, completed_at, expires_at: Unix seconds; None: not yet, or never.
+        result: what it became, or None.
+        error: {"code", "message"} of one that failed, or None.
+    """
+
+    id: str
+    owner: str
+    status: JobStatus
+    body: Mapping[str, Any]
+    progress: int
+    attempts: int
+    created_at: float
+    completed_at: float | None
+    expires_at: float | None
+    result: Mapping[str, Any] | None
+    error: Mapping[str, Any] | None
+
+
+class JobStore:
+    """The jobs of a service.
+
+    Args:
+        url: of the database, as SQLAlchemy writes them; tables are made if missing.
+        content: directory of the jobs' files; made if missing.
+        clock: seconds since 1970.
+
+    Raises:
+        JobError: the database or the directory cannot be used.
+    """
+
+    def __init__(self, url: str, content: Path, *, clock: Callable[[], float] = time.time) -> None:
+        self.content, self._clock = content, clock
+        try:
+            content.mkdir(parents=True, exist_ok=True)
+            self._engine = create_engine(url)
+            if self._engine.dialect.name == "sqlite":
+                _make_sqlite_durable(self._engine)
+            _Base.metadata.create_all(self._engine)
+        except (OSError, SQLAlchemyError) as error:
+            raise JobError(f"jobs cannot be kept in {url} and {content}: {error}", "store_unavailable") from error
+
+    def close(self) -> None:
+        """Close the connections."""
+        self._engine.dispose()
+
+    def submit(
+        self,
+        owner: str,
+        body: Mapping[str, Any],
+        *,
+        files: Mapping[str, bytes] | None = None,
+        idempotency_key: str | None = None,
+    ) -> tuple[Job, bool]:
+        """Accept a job; when this returns it is stored.
+
+        Args:
+            owner: on whose behalf.
+            body: what is asked for, plain values.
+            files: that belong to it, by plain names.
+            idempotency_key: the caller's own name for the request: a second one gets the job of the first.
+
+        Returns:
+            The job, and whether it is new.
+
+        Raises:
+            JobError: the key was used for another request, or the store cannot be written.
+        """
+        digest = _digest(body, files)
+        if idempotency_key is not None and (known := self._of_key(owner, idempotency_key, digest)) is not None:
+            return known, False
+        name = f"video_{secrets.token_hex(20)}"
+        if files:
+            self.write_files(name, files)
+        try:
+            with self._session() as session:
+                row = _Row(
+                    id=name,
+                    owner=owner,
+                    status=JobStatus.QUEUED,
+                    body=dict(body),
+                    progress=0,
+                    attempts=0,
+                    created_at=self._clock(),
+                    size_bytes=sum(map(len, (files or {}).values())),
+                )
+                session.add(row)
+                session.flush()
+                if idempotency_key is not None:
+                    key = _Key(owner=owner, key=idempotency_key, request_sha256=digest, job=row.number)
+                    session.add(key)
+                    session.flush()
+                job = _job(row)
+        except IntegrityError:  # the same key came twice at once
+            self._remove_files(name)
+            known = None if idempotency_key is None else self._of_key(owner, idempotency_key, digest)
+            if known is None:
+                raise
+            return known, False
+        except JobError:
+            self._remove_files(name)
+            raise
+        return job, True
+
+    def get(self, id: str, owner: str | None = None) -> Job:
+        """Read a job.
+
+        Args:
+            id: its name.
+            owner: on whose behalf; None reads anybody's.
+
+        Raises:
+            JobError: there is none, or it is somebody else's: nobody can tell which.
+        """
+        with self._session() as session:
+            return _job(self._row(session, id, owner))
+
+    def list(
+        self, owner: str, *, after: str | None = None, limit: int = 20, order: Literal["asc", "desc"] = "desc"
+    ) -> tuple[Sequence[Job], bool]:
+        """Read some of an owner's jobs, by the order in which they were accepted.
+
+        Args:
+            owner: whose.
+            after: name of the job after which to go on.
+            limit: jobs at most.
+            order: oldest first ("asc"), or newest.
+
+        Returns:
+            Jobs, and whether there are more.
+
+        Raises:
+            JobError: there is no job `after`.
+        """
+        with self._session() as session:
+            found = select(_Row).where(_Row.owner == owner)
+            if after is not None:
+                place = self._row(session, after, owner).number
+                found = found.where(_Row.number > place if order == "asc" else _Row.number < place)
+            found = found.order_by(_Row.number.asc() if order == "asc" else _Row.number.desc()).limit(limit + 1)
+            rows = session.scalars(found).all()
+            return [_job(row) for row in rows[:limit]], len(rows) > limit
+
+    def count(self, status: JobStatus, owner: str | None = None) -> int:
+        """Count the jobs that stand there; of one owner, or of all."""
+        with self._session() as session:
+            found = select(_Row.number).where(_Row.status == status)
+            if owner is not None:
+                found = found.where(_Row.owner == owner)
+            return len(session.scalars(found).all())
+
+    def claim(self, count: int) -> Sequence[Job]:
+        """Take the oldest jobs that wait, to do them; no other process takes them too.
+
+        Args:
+            count: jobs at most.
+        """
+        with self._session() as session:
+            found = select(_Row).where(_Row.status == JobStatus.QUEUED).order_by(_Row.number).limit(count)
+            rows = session.scalars(found.with_for_update(skip_locked=True)).all()
+            for row in rows:
+                row.status, row.attempts = JobStatus.IN_PROGRESS, row.attempts + 1
+            session.flush()
+            return [_job(row) for row in rows]
+
+    def set_progress(self, id: str, percent: int) -> None:
+        """Say how far a job is, from 0 to 99; of one that has ended nothing changes."""
+        with self._session() as session:
+            running = (_Row.id == id) & (_Row.status == JobStatus.IN_PROGRESS)
+            session.execute(update(_Row).where(running).values(progress=min(99, max(0, percent))))
+
+    def complete(
+        self, id: str, result: Mapping[str, Any], files: Mapping[str, bytes], *, lasts: float | None = None
+    ) -> bool:
+        """Keep what a job became: its files, then the row that says so.
+
+        Args:
+            id: its name.
+            result: plain values.
+            files: by plain names.
+            lasts: seconds that it is kept for; None: for ever.
+
+        Returns:
+            False if the job was deleted or ended meanwhile; nothing is kept then.
+        """
+        self.write_files(id, files)
+        now = self._clock()
+        values = {
+            "result": dict(result),
+            "progress": 100,
+            "expires_at": None if lasts is None else now + lasts,
+            "size_bytes": self._size_of(id),
+        }
+        if self._end(id, JobStatus.COMPLETED, values):
+            return True
+        with contextlib.suppress(JobError):
+            if self.get(id).status is JobStatus.COMPLETED:
+                return False
+        self._remove_files(id)
+        return False
+
+    def fail(self, id: str, code: str, message: str, *, lasts: float | None = None) -> bool:
+        """Keep why a job could not be done; False if it was deleted or ended meanwhile."""
+        expires = None if lasts is None else self._clock() + lasts
+        values = {"error": {"code": code, "message": message}, "expires_at": expires}
+        return self._end(id, JobStatus.FAILED, values)
+
+    def delete(self, id: str, owner: str | None = None) -> Job:
+        """Remove a job and its files; returns it as it stood.
+
+        Raises:
+            JobError: there is none, or it is somebody else's.
+        """
+        with self._session() as session:
+            row = self._row(session, id, owner)
+            job = _job(row)
+            session.execute(delete(_Key).where(_Key.job == row.number))
+            session.delete(row)
+        self._remove_files(id)
+        return job
+
+    def recover(self) -> int:
+        """After a start: what was being done waits again, and what is half written goes.
+
+        A job that was begun `MAX_ATTEMPTS` times and never ended is failed: it may be what ends the server.
+
+        Returns:
+            Jobs that wait again.
+        """
+        with self._session() as session:
+            rows = session.scalars(select(_Row).where(_Row.status == JobStatus.IN_PROGRESS)).all()
+            for row in rows:
+                if row.attempts >= MAX_ATTEMPTS:
+                    row.status, row.completed_at = JobStatus.FAILED, self._clock()
+                    message = f"the server ended {row.attempts} times while it did this job."
+                    row.error = {"code": "server_stopped", "message": message}
+                else:
+                    row.status, row.progress = JobStatus.QUEUED, 0
+            again = sum(row.status == JobStatus.QUEUED for row in rows)
+            known = set(session.scalars(select(_Row.id)).all())
+        for path in self.content.iterdir():
+            if path.name.startswith(UNFINISHED) or (path.name.startswith("video_") and path.name not in known):
+                shutil.rmtree(path, ignore_errors=True)
+        return again
+
+    def sweep(self, max_bytes: int | None = None) -> Sequence[str]:
+        """Delete what has expired, and the oldest ended jobs where all files together are too large.
+
+        Args:
+            max_bytes: of all jobs' files; None: no limit.
+
+        Returns:
+            Names of the jobs that went.
+        """
+        with self._session() as session:
+            ended = select(_Row).where(_Row.status.in_([JobStatus.COMPLETED, JobStatus.FAILED])).order_by(_Row.number)
+            rows = session.scalars(ended).all()
+            now = self._clock()
+            gone = [row.id for row in rows if row.expires_at is not None and row.expires_at <= now]
+            total = sum(session.scalars(select(_Row.size_bytes)).all())
+            total -= sum(row.size_bytes for row in rows if row.id in gone)
+            for row in rows:
+                if max_bytes is None or total <= max_bytes:
+                    break
+                if row.id not in gone and row.size_bytes:
+                    gone.append(row.id)
+                    total -= row.size_bytes
+        for name in gone:
+            with contextlib.suppress(JobError):  # deleted meanwhile
+                self.delete(name)
+        return gone
+
+    def file(self, id: str, name: str) -> Path:
+        """Where a job's file lies; the name is one of ours, never a client's."""
+        return self.content / id / name
+
+    def write_files(self, id: str, files: Mapping[str, bytes]) -> None:
+        """Add files to a job; each appears whole or not at all.
+
+        Raises:
+            JobError: they cannot be written.
+        """
+        folder = self.content / id
+        try:
+            folder.mkdir(exist_ok=True)
+            for name, content in files.items():
+                part = folder / f"{UNFINISHED}{secrets.token_hex(8)}"
+                with part.open("wb") as file:
+                    file.write(content)
+                    file.flush()
+                    os.fsync(file.fileno())
+                part.replace(folder / name)
+        except OSError as error:
+            raise JobError(f"{folder} cannot be written: {error.strerror}", "store_unavailable") from error
+
+    def _end(self, id: str, status: JobStatus, values: Mapping[str, Any]) -> bool:
+        with self._session() as session:
+            running = (_Row.id == id) & _Row.status.in_([JobStatus.QUEUED, JobStatus.IN_PROGRESS])
+            changed = session.execute(
+                update(_Row).where(running).values(status=status, completed_at=self._clock(), **values)
+            )
+            return bool(changed.rowcount)  # type: ignore[attr-defined]
+
+    def _of_key(self, owner: str, key: str, digest: str) -> Job | None:
+        with self._session() as session:
+            known = session.scalars(select(_Key).where((_Key.owner == owner) & (_Key.key == key))).first()
+            if known is None:
+                return None
+            if known.request_sha256 != digest:
+                raise JobError(
+                    "this Idempotency-Key was used for another request. Send a new key with a new request.",
+                    "idempotency_conflict",
+                )
+            row = session.get(_Row, known.job)
+            return None if row is None else _job(row)
+
+    def _row(self, session: Session, id: str, owner: str | None) -> _Row:
+        found = select(_Row).where(_Row.id == id)
+        if owner is not None:
+            found = found.where(_Row.owner == owner)
+        row = session.scalars(found).first()
+        if row is None:
+            raise JobError(f"there is no video {id[:100]!r}.", "not_found")
+        return row
+
+    def _size_of(self, id: str) -> int:
+        return sum(path.stat().st_size for path in (self.content / id).iterdir())
+
+    def _remove_files(self, id: str) -> None:
+        """Renamed first, so that a kill in between leaves nothing that looks whole."""
+        gone = self.content / f"{UNFINISHED}{secrets.token_hex(8)}"
+        with contextlib.suppress(OSError):
+            (self.content / id).rename(gone)
+            shutil.rmtree(gone, ignore_errors=True)
+
+    @contextlib.contextmanager
+    def _session(self) -> Iterator[Session]:
+        """One transaction.
+
+        Raises:
+            JobError: the database cannot be reached.
+        """
+        with Session(self._engine, expire_on_commit=False) as session:
+            try:
+                with session.begin():
+                    yield session
+            except IntegrityError:
+                raise
+            except SQLAlchemyError as error:
+                raise JobError(f"the jobs' database cannot be used: {error}", "store_unavailable") from error
+
+
+def _job(row: _Row) -> Job:
+    values = {field.name: getattr(row, field.name) for field in dataclasses.fields(Job)}
+    return Job(**values | {"status": JobStatus(row.status)})
+
+
+def _digest(body: Mapping[str, Any], files: Mapping[str, bytes] | None) -> str:
+    """sha256 in hex of what is asked for."""
+    said = hashlib.sha256(json.dumps(body, sort_keys=True).encode())
+    for name, content in sorted((files or {}).items()):
+        said.update(f"\0{name}\0{len(content)}\0".encode() + content)
+    return said.hexdigest()
+
+
+def _make_sqlite_durable(engine: Engine) -> None:
+    """One writer at a time from the start of a transaction, and what is committed is on the disk."""
+
+    @event.listens_for(engine, "connect")
+    def connect(connection: Any, _: Any) -> None:
+        connection.isolation_level = None  # transactions are begun below
+        for setting in ("journal_mode=WAL", "synchronous=FULL", "busy_timeout=30000", "foreign_keys=ON"):
+            connection.execute(f"PRAGMA {setting}")
+
+    @event.listens_for(engine, "begin")
+    def begin(connection: Any) -> None:
+        connection.exec_driver_sql("BEGIN IMMEDIATE")
