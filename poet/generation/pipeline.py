@@ -135,7 +135,7 @@ class Pipeline:
             ConfigError: a request that cannot be carried out, or of a task that the bundle's model was not trained on;
                 nothing has been written then.
         """
-        prepared = [self.prepare(request) for request in requests]
+        prepared = [self.prepare(request, index) for index, request in enumerate(requests)]
         outputs = self.engine.generate([item.generation for item in prepared], progress)
         return self._finish_all(prepared, outputs)
 
@@ -195,11 +195,12 @@ class Pipeline:
             )
         return results
 
-    def prepare(self, request: ClipRequest) -> PreparedClip:
+    def prepare(self, request: ClipRequest, index: int = 0) -> PreparedClip:
         """Encode what is given, pack the prefix and say what may be written.
 
         Args:
             request: a clip to write; without a seed it is given one.
+            index: of the request among others, for the message.
 
         Returns:
             What `stream` takes.
@@ -259,7 +260,7 @@ class Pipeline:
             guide_ids=guide,
             canvas=canvas,
         )
-        self.engine.check(generation)
+        self.engine.check(generation, index=index)
         return PreparedClip(request=request, task=task, parts=parts, num_given=num_given, generation=generation)
 
     def _guide(self, request: ClipRequest, scene: Scene) -> tuple[int, ...] | None:

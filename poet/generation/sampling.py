@@ -44,19 +44,27 @@ class SamplingConfig:
     repetition_window: int = 64
 
     def __post_init__(self) -> None:
-        if not _is_number(self.temperature) or self.temperature < 0:
-            raise ConfigError(f"temperature must be a number of at least 0 (0 is greedy), got {self.temperature!r}.")
+        # Beyond these bounds float32 logits become infinite, or no numbers at all.
+        if not _is_number(self.temperature) or not (self.temperature == 0 or 1e-3 <= self.temperature <= 1e3):
+            raise ConfigError(
+                f"temperature must be a number of at least 0 (0 is greedy), 0 or from 0.001 to 1000, got "
+                f"{self.temperature!r}."
+            )
         if not _is_whole(self.top_k) or self.top_k < 0:
             raise ConfigError(f"top_k must be a whole number of at least 0 (0 is all), got {self.top_k!r}.")
         if not _is_number(self.top_p) or not 0 < self.top_p <= 1:
             raise ConfigError(f"top_p must be a number in (0, 1] (1 is all), got {self.top_p!r}.")
         if self.seed is not None and (not _is_whole(self.seed) or not 0 <= self.seed < 2**63):
             raise ConfigError(f"seed must be a whole number in [0, 2^63), or none for a new one, got {self.seed!r}.")
-        if not _is_number(self.guidance_scale) or self.guidance_scale < 0:
-            raise ConfigError(f"guidance_scale must be a number of at least 0 (1 is off), got {self.guidance_scale!r}.")
-        if not _is_number(self.repetition_penalty) or self.repetition_penalty <= 0:
+        if not _is_number(self.guidance_scale) or not 0 <= self.guidance_scale <= 1e3:
             raise ConfigError(
-                f"repetition_penalty must be a number above 0 (1 is off), got {self.repetition_penalty!r}."
+                "guidance_scale must be a number of at least 0 (1 is off) and at most 1000, got "
+                f"{self.guidance_scale!r}."
+            )
+        if not _is_number(self.repetition_penalty) or not 1e-6 <= self.repetition_penalty <= 1e6:
+            raise ConfigError(
+                f"repetition_penalty must be a number above 0 (1 is off), from 1e-6 to 1e6, got "
+                f"{self.repetition_penalty!r}."
             )
         if not _is_whole(self.repetition_window) or self.repetition_window < 0:
             raise ConfigError(

@@ -29,7 +29,15 @@ from poet.errors import ConfigError, ShapeError
 from poet.model.attention import AttentionMask, attend, visible
 from poet.model.transformer import INITIAL_DEVIATION, FeedForward, RMSNorm, attention_dtype, rotate
 
-__all__ = ["UNKNOWN", "Upsampler", "UpsamplerConfig", "merge_factors", "split_factors"]
+__all__ = [
+    "UNKNOWN",
+    "UPSAMPLER_ARCHITECTURE",
+    "UPSAMPLER_TYPE",
+    "Upsampler",
+    "UpsamplerConfig",
+    "merge_factors",
+    "split_factors",
+]
 
 UNKNOWN: Final = -1
 """Stands in a canvas where no code is known."""

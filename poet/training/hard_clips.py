@@ -24,18 +24,26 @@ class HardClips:
         share: of a batch, how many are drawn in proportion to the loss that they had when last seen; none at step 0.
 
     Attributes:
+        count: clips of the source.
         losses: (count,) float64, the loss of each clip when it was last seen, 0 for one that never was; part of a
             checkpoint. Empty where `share` is 0.
     """
 
     def __init__(self, count: int, batch_size: int, share: float) -> None:
-        self._count, self._batch_size, self._num_hard = count, batch_size, round(share * batch_size)
+        self.count, self._batch_size, self._num_hard = count, batch_size, round(share * batch_size)
         self.losses = torch.zeros(count if share > 0 else 0, dtype=torch.float64)
 
     def in_turn(self, step: int) -> list[int]:
         """Numbers of the clips of `step` that do not depend on what came before."""
-        taken = self._batch_size - (self._num_hard if step > 0 else 0)
-        return [index % self._count for index in range(step * taken, (step + 1) * taken)]
+        taken = self._taken(step)
+        return [index % self.count for index in range(step * taken, (step + 1) * taken)]
+
+    def round(self, step: int) -> int:
+        """How many times all clips have been gone through in turn before a step."""
+        return step * self._taken(step) // self.count
+
+    def _taken(self, step: int) -> int:
+        return self._batch_size - (self._num_hard if step > 0 else 0)
 
     def hard(self, step: int, rng: np.random.Generator) -> list[int]:
         """Numbers drawn in proportion to the losses so far; a clip that was never seen is not among them."""

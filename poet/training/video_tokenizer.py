@@ -63,7 +63,7 @@ class VideoTokenizerRecipe:
         height: pixels.
         width: pixels.
         scales: multiples of height and width that steps take in turn, of which 1 is the first; a step of multiple k has
-            batch_size / k^2 clips, at least one.
+            one in k^2 of its hard clips and of the others.
         start_from: directory of a tokenizer whose weights to begin with; null starts from random weights.
         decoder_only: leave the encoder as `start_from` has it, so that codes keep their meaning.
         num_steps: optimiser steps in all.
@@ -333,8 +333,9 @@ class VideoTokenizerTraining:
         return hard + self._in_turn(step), to_video(np.stack(clips)).to(self.device)
 
     def _scale(self, step: int) -> int:
-        """The multiple of height and width that a step has."""
-        return self.recipe.scales[step % len(self.recipe.scales)]
+        """The multiple of height and width that a step has: in turn, and every time round another for a clip."""
+        scales = self.recipe.scales
+        return scales[(step + self.hard_clips.round(step)) % len(scales)]
 
     def _in_turn(self, step: int) -> list[int]:
         return self._fewer(self.hard_clips.in_turn(step), step)
@@ -343,8 +344,10 @@ class VideoTokenizerTraining:
         return self._fewer(self.hard_clips.hard(step, np.random.default_rng([self.recipe.seed, step])), step)
 
     def _fewer(self, indices: list[int], step: int) -> list[int]:
-        """As many of a step's clips as its size leaves room for."""
-        return indices[: -(-len(indices) // self._scale(step) ** 2)]
+        """As many of a step's clips as its size leaves room for, every time round others."""
+        area = self._scale(step) ** 2
+        first = self.hard_clips.round(step) // len(self.recipe.scales) % min(area, max(1, len(indices)))
+        return indices[first::area]
 
     def _draw(self, indices: Sequence[int], scale: int) -> list[NDArray[np.uint8]]:
         clips = [self.sources[scale].frames(index) for index in indices]

@@ -179,6 +179,8 @@ def parse(arguments: Sequence[str] | None = None) -> argparse.Namespace:
     options = parser.parse_args(arguments)
     if min(*options.steps, options.rounds, options.count + 1) < 1:
         parser.error("steps and rounds must be at least 1, and --count not negative")
+    if len(set(options.steps)) < len(options.steps):
+        parser.error("--steps must differ from each other")
     return options
 
 
@@ -191,12 +193,16 @@ def main() -> None:
     import torch
 
     from poet.bundle import Bundle, default_bundle
+    from poet.errors import ConfigError
     from poet.generation.canvas import ParallelDecoding
     from poet.generation.engine import load_engine
 
     about = hardware(torch.get_num_threads())
     bundle = Bundle.open(options.bundle or default_bundle())
-    bundle.check_parallel()
+    try:
+        bundle.check_parallel()
+    except ConfigError as error:
+        sys.exit(str(error))
     chosen = {name: getattr(options, name) for name in ("order", "schedule", "choice_temperature")}
     chosen = {name: value for name, value in chosen.items() if value is not None}
     decodings = [ParallelDecoding(num_steps=steps, **chosen) for steps in options.steps]

@@ -3,7 +3,6 @@
 #   SKIP_CODEC=1   leave out the codec (its peer needs an environment of its own, which takes some minutes to build)
 #   SKIP_VLLM=1    leave out vLLM
 #   SKIP_MEGATRON=1 leave out the Megatron trainer
-#   SKIP_PARALLEL=1 leave out parallel decoding
 #   PEER=folder    where the codec's peer is or shall be installed
 set -euo pipefail
 cd "$(dirname "$0")/../.."
@@ -31,10 +30,4 @@ if [ -n "${SKIP_MEGATRON:-}" ]; then
   echo "skipped by SKIP_MEGATRON: the Megatron trainer against transformers"
 else
   python $HERE/megatron_versus_transformers.py
-fi
-
-if [ -n "${SKIP_PARALLEL:-}" ]; then
-  echo "skipped by SKIP_PARALLEL: parallel against autoregressive decoding"
-else
-  python $HERE/parallel_versus_autoregressive.py
 fi

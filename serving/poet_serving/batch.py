@@ -8,13 +8,14 @@ means is `poet_serving.schema`'s business.
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 import hashlib
 import itertools
 import json
 import os
 import time
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any, Final
 
@@ -26,7 +27,7 @@ from poet.tasks import get_task
 from poet_serving.references import reference_files
 from poet_serving.schema import RequestError, VideoBody, to_clip_request
 
-__all__ = ["BatchLine", "BatchScan", "BatchSummary", "read_lines", "run_batch", "scan"]
+__all__ = ["BatchLine", "BatchSummary", "read_lines", "run_batch"]
 
 RESULTS: Final = "results.jsonl"
 MEDIA: Final = "media"
@@ -58,8 +59,8 @@ class BatchLine:
 
     @property
     def digest(self) -> str:
-        """sha256 in hex of what was asked for."""
-        asked = json.dumps([self.custom_id, self.body], sort_keys=True)
+        """sha256 in hex of what was asked for, by which its files are named too."""
+        asked = json.dumps([self.key, self.body], sort_keys=True)
         return hashlib.sha256(asked.encode()).hexdigest()
 
 
@@ -105,102 +106,92 @@ def read_lines(path: Path) -> Iterator[BatchLine]:
         raise MediaError(f"{path} cannot be read: {error.strerror}.") from error
 
 
-@dataclasses.dataclass(frozen=True, kw_only=True)
-class BatchScan:
-    """What a file asks for, before an engine is started for it.
-
-    Attributes:
-        num_lines: requests and lines that are none.
-        decodings: that an engine must be started with.
-    """
-
-    num_lines: int
-    decodings: tuple[str, ...]
-
-
-def scan(path: Path, bundle: Bundle) -> BatchScan:
-    """Read a file once to see what it asks for.
-
-    Args:
-        path: as for `read_lines`.
-        bundle: tells what a size means.
-
-    Raises:
-        MediaError: it cannot be read.
-        ConfigError: there is no line in it.
-    """
-    count, wanted = 0, set[str]()
-    own = f"{bundle.generation_config.width}x{bundle.generation_config.height}"
-    for line in read_lines(path):
-        count += 1
-        wanted.add("parallel" if line.body.get("decoding") == "parallel" else "autoregressive")
-        if bundle.upsampler is not None and line.body.get("size", own) != own:
-            wanted.add("upsampling")
-    if not count:
-        raise ConfigError(f"{path} must hold a request a line, it holds none.")
-    return BatchScan(num_lines=count, decodings=tuple(sorted(wanted)))
-
-
 def run_batch(
-    lines: Iterator[BatchLine],
-    pipeline: Pipeline,
+    jobs: Path,
+    bundle: Bundle,
     output: Path,
-    *,
-    base: Path,
-    progress: Callable[[int, int], None] | None = None,
+    start: Callable[[Sequence[str]], contextlib.AbstractContextManager[Pipeline]],
+    progress: Callable[[int, int, int], None] | None = None,
 ) -> BatchSummary:
     """Carry out what has not been answered yet.
 
     Args:
-        lines: of the file.
-        pipeline: its engine must have been started for all that the lines may ask for.
+        jobs: a file of requests; paths of input references start from its directory.
+        bundle: the model.
         output: directory of the results; made if missing.
-        base: directory that paths of input references start from.
-        progress: called with lines answered, in all and in this run.
+        start: starts an engine for some decodings; called if there is anything to do, and closed at the end.
+        progress: called with the lines answered, in all, of how many, and in this run.
 
     Returns:
         What was done.
 
     Raises:
-        ConfigError: the directory holds results of other requests.
-        MediaError: it cannot be written.
+        ConfigError: there is no line, or the directory holds results of other requests or of another model.
+        MediaError: the file cannot be read or the directory not be written.
     """
     begun = time.monotonic()
-    book = _Book(output)
+    book = _Book(output, bundle)
+    decodings, count, known = _look_through(jobs, bundle, book)
     before = len(book.answered)
-    waiting: dict[int, BatchLine] = {}
-    taken = itertools.count()
 
-    def prepared() -> Iterator[PreparedClip]:
-        for line in lines:
+    def tell() -> None:
+        if progress is not None:
+            now = len(book.answered) - before
+            progress(known + now, count, now)
+
+    def prepared(pipeline: Pipeline, waiting: dict[int, BatchLine]) -> Iterator[PreparedClip]:
+        taken = itertools.count()
+        for line in read_lines(jobs):
             if not book.is_new(line):
+                tell()
                 continue
             try:
-                clip = _prepare(line, pipeline, base)
+                clip = _prepare(line, pipeline, jobs.parent)
             except (ConfigError, MediaError, RequestError) as error:
                 book.fail(line, error)
-                _tell(progress, book, before)
+                tell()
                 continue
             waiting[next(taken)] = line
             yield clip
 
-    for place, made in pipeline.stream(prepared()):
-        book.complete(waiting.pop(place), made, pipeline.bundle)
-        _tell(progress, book, before)
-    return BatchSummary(
-        completed=book.completed, failed=book.failed, before=before, seconds=round(time.monotonic() - begun, 3)
-    )
+    if decodings:
+        waiting: dict[int, BatchLine] = {}
+        with start(decodings) as pipeline:
+            for place, made in pipeline.stream(prepared(pipeline, waiting)):
+                book.complete(waiting.pop(place), made)
+                tell()
+    seconds = round(time.monotonic() - begun, 3)
+    return BatchSummary(completed=book.completed, failed=book.failed, before=before, seconds=seconds)
 
 
-def _tell(progress: Callable[[int, int], None] | None, book: _Book, before: int) -> None:
-    if progress is not None:
-        progress(len(book.answered), len(book.answered) - before)
+def _look_through(jobs: Path, bundle: Bundle, book: _Book) -> tuple[Sequence[str], int, int]:
+    """What an engine must be started with for what is not answered; how many lines there are, and answered ones."""
+    count, known, wanted = 0, 0, set[str]()
+    own = f"{bundle.generation_config.width}x{bundle.generation_config.height}"
+    names: set[str] = set()
+    for line in read_lines(jobs):
+        count += 1
+        if line.key in names:  # a second of its name is an error
+            line = dataclasses.replace(line, custom_id=None)
+            known += line.key in book.answered
+            wanted |= set() if line.key in book.answered else {"autoregressive"}
+            continue
+        names.add(line.key)
+        if book.knows(line):
+            known += 1
+            continue
+        wanted.add("parallel" if line.body.get("decoding") == "parallel" else "autoregressive")
+        if bundle.upsampler is not None and line.body.get("size", own) != own:
+            wanted.add("upsampling")
+    if not count:
+        raise ConfigError(f"{jobs} must hold a request a line, it holds none.")
+    return sorted(wanted), count, known
 
 
 def _parse(number: int, line: bytes) -> BatchLine:
     try:
         value = json.loads(line)
-    except ValueError as error:
+    except (ValueError, RecursionError) as error:
         return _bad(number, None, f"line {number} must be JSON: {error}", "invalid_json", None)
     if not isinstance(value, dict):
         return _bad(number, None, f"line {number} must be a JSON object, it is not.", "invalid_json", None)
@@ -227,7 +218,7 @@ def _prepare(line: BatchLine, pipeline: Pipeline, base: Path) -> PreparedClip:
         raise line.error
     body = VideoBody.parse(line.body)
     with reference_files(body, base) as files:
-        return pipeline.prepare(to_clip_request(body, pipeline.bundle, files))
+        return pipeline.prepare(to_clip_request(body, pipeline.bundle, files), line.number)
 
 
 class _Book:
@@ -238,41 +229,51 @@ class _Book:
         MediaError: it cannot be read or written.
     """
 
-    def __init__(self, directory: Path) -> None:
-        self.directory = directory
+    def __init__(self, directory: Path, bundle: Bundle) -> None:
+        self.directory, self.model, self.weights = directory, bundle.path.name, bundle.weights_sha256
         self.answered: dict[str, str] = {}
         self.seen: set[str] = set()
         self.completed = self.failed = 0
         try:
             (directory / MEDIA).mkdir(parents=True, exist_ok=True)
+            for part in (directory / MEDIA).glob(".*"):  # of a run that was killed while it wrote one
+                part.unlink()
             self._drop_half_a_line()
             self._read()
         except OSError as error:
             raise MediaError(f"{directory} cannot hold results: {error.strerror}. Name another with -o.") from error
 
-    def is_new(self, line: BatchLine) -> bool:
-        """Whether a line is to be carried out; a second one of the same name is answered with an error."""
-        if line.key in self.seen:
-            again = dataclasses.replace(line, custom_id=None)
-            if again.key not in self.answered:
-                message = f"custom_id must be the line's own, {line.custom_id!r} was named before."
-                self.fail(again, RequestError(message, code="duplicate_custom_id", param="custom_id"), line.custom_id)
-            return False
-        self.seen.add(line.key)
+    def knows(self, line: BatchLine) -> bool:
+        """Whether a line is answered.
+
+        Raises:
+            ConfigError: what is answered is something else under its name.
+        """
         known = self.answered.get(line.key)
         if known is not None and known != line.digest:
             raise ConfigError(
                 f"{self.directory} holds an answer to {line.key}, which asked for something else than line "
                 f"{line.number} does now. Name another directory with -o."
             )
-        return known is None
+        return known is not None
 
-    def complete(self, line: BatchLine, made: GeneratedClip, bundle: Bundle) -> None:
+    def is_new(self, line: BatchLine) -> bool:
+        """Whether a line is to be carried out; a second one of the same name is answered with an error."""
+        if line.key not in self.seen:
+            self.seen.add(line.key)
+            return not self.knows(line)
+        again = dataclasses.replace(line, custom_id=None)
+        if again.key not in self.answered:
+            message = f"custom_id must be the line's own, {line.custom_id!r} was named before."
+            self.fail(again, RequestError(message, code="duplicate_custom_id", param="custom_id"), line.custom_id)
+        return False
+
+    def complete(self, line: BatchLine, made: GeneratedClip) -> None:
         """Keep a clip: the media file first, then the line that names it."""
         body: dict[str, Any] = {
             "id": f"video_{line.digest[:24]}",
             "object": "video",
-            "model": bundle.path.name,
+            "model": self.model,
             "status": "completed",
             "progress": 100,
             "created_at": int(time.time()),
@@ -283,7 +284,7 @@ class _Book:
         if made.text is not None:
             body["text"] = made.text
         if made.clip is not None:
-            name = f"{MEDIA}/{line.number:06d}{SUFFIXES.get(get_task(made.request.task).outputs, '.mp4')}"
+            name = f"{MEDIA}/{line.digest[:24]}{SUFFIXES.get(get_task(made.request.task).outputs, '.mp4')}"
             write_clip(made.clip, self.directory / name, metadata=made.metadata)
             body |= {"file": name, "seconds": f"{made.clip.duration:g}"}
             if made.clip.frames is not None:
@@ -301,7 +302,12 @@ class _Book:
             "custom_id": custom_id,
             "response": {"status_code": status, "request_id": f"req_{line.digest[24:48]}", "body": body},
             "error": None,
-            "poet": {"line": line.number, "key": line.key, "request_sha256": line.digest},
+            "poet": {
+                "line": line.number,
+                "key": line.key,
+                "request_sha256": line.digest,
+                "weights_sha256": self.weights,
+            },
         }
         try:
             with (self.directory / RESULTS).open("ab") as file:
@@ -317,13 +323,19 @@ class _Book:
         for number, line in enumerate(file.read_bytes().splitlines() if file.exists() else [], 1):
             try:
                 self._count(json.loads(line))
-            except (ValueError, KeyError, TypeError) as error:
+            except (json.JSONDecodeError, KeyError, TypeError) as error:
                 raise ConfigError(
                     f"line {number} of {file} is no result of a batch. Name another directory."
                 ) from error
 
     def _count(self, result: Mapping[str, Any]) -> None:
-        self.answered[result["poet"]["key"]] = result["poet"]["request_sha256"]
+        told = result["poet"]
+        if told["weights_sha256"] != self.weights:
+            raise ConfigError(
+                f"{self.directory} holds clips of other weights, {told['weights_sha256'][:12]} (sha256), than those of "
+                f"{self.model}, {self.weights[:12]}. Name another directory with -o."
+            )
+        self.answered[told["key"]] = told["request_sha256"]
         done = result["response"]["status_code"] == 200
         self.completed, self.failed = self.completed + done, self.failed + (not done)
 

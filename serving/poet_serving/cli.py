@@ -2,22 +2,26 @@
 
 from __future__ import annotations
 
+import contextlib
 import time
+from collections.abc import Iterator, Sequence
 from pathlib import Path
-from typing import Annotated
+from typing import TYPE_CHECKING, Annotated
 
 import typer
 
 from poet.cli.output import note, progress, show_result
+from poet.errors import ConfigError, MediaError
+
+if TYPE_CHECKING:
+    from poet.generation.pipeline import Pipeline
 
 __all__ = ["batch"]
 
 
 def batch(
     jobs: Annotated[Path, typer.Argument(help="Requests, a line each, in the form of OpenAI's batches.")],
-    output: Annotated[Path, typer.Option("-o", "--output", help="Directory of results.jsonl and media.")] = Path(
-        "batch"
-    ),
+    output: Annotated[Path, typer.Option("-o", "--output", help="Directory of the results.")] = Path("batch"),
     model: Annotated[Path | None, typer.Option(help="A bundle; the shipped one when left out.")] = None,
     engine: Annotated[str, typer.Option(help="vllm, or torch (the reference).")] = "vllm",
     batch_size: Annotated[int, typer.Option(min=1, help="Clips that are written at once.")] = 16,
@@ -28,31 +32,36 @@ def batch(
     from poet.generation.engine import load_engine
     from poet.generation.pipeline import Pipeline
     from poet.training.processes import alone_in
-    from poet_serving.batch import read_lines, run_batch, scan
 
+    try:
+        from poet_serving.batch import run_batch
+    except ModuleNotFoundError as error:
+        raise ConfigError(f"poet batch needs the package {error.name!r}. Install openpoet[serve].") from error
     bundle = Bundle.open(default_bundle() if model is None else model)
-    found = scan(jobs, bundle)
     sizes = {"max_num_seqs": batch_size} if engine == "vllm" else {"max_batch_size": batch_size}
-    note(f"{found.num_lines} lines; starting {engine} on {bundle.path}")
-    _ = bundle.weights_sha256  # of the files that the engine is about to read
-    output.mkdir(parents=True, exist_ok=True)
-    with alone_in(output):
-        writer = load_engine(engine, bundle.path, decodings=found.decodings, **sizes)
+
+    @contextlib.contextmanager
+    def start(decodings: Sequence[str]) -> Iterator[Pipeline]:
+        note(f"starting {engine} on {bundle.path}")
+        writer = load_engine(engine, bundle.path, decodings=decodings, **sizes)
         try:
-            pipeline = Pipeline(bundle, writer)
-            begun = time.monotonic()
-            with progress("writing clips") as advance:
-                summary = run_batch(
-                    read_lines(jobs),
-                    pipeline,
-                    output,
-                    base=jobs.parent,
-                    progress=lambda done, now: advance(
-                        done, found.num_lines, f"{now / max(1e-9, time.monotonic() - begun):.2f} a second"
-                    ),
-                )
+            yield Pipeline(bundle, writer)
         finally:
             writer.close()
+
+    try:
+        output.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise MediaError(f"{output} cannot hold results: {error.strerror}. Name another directory with -o.") from error
+    begun = time.monotonic()
+    with alone_in(output), progress("writing clips") as advance:
+        summary = run_batch(
+            jobs,
+            bundle,
+            output,
+            start,
+            lambda done, count, now: advance(done, count, f"{now / max(1e-9, time.monotonic() - begun):.2f} a second"),
+        )
     answered = summary.completed + summary.failed - summary.before
     facts = {
         "results": str(output / "results.jsonl"),

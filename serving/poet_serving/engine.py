@@ -98,6 +98,7 @@ class VLLMEngine(StreamingEngine):
         self._vllm: Any = None
         self._canvases: Any = None
         self._upsampler: Any = None
+        self._is_writing = False
         if not decodings or set(decodings) - set(DECODINGS):
             raise ConfigError(f"decodings must be one or more of {', '.join(DECODINGS)}, got {list(decodings)}.")
         self._config = _read_config(Path(bundle_dir))
@@ -182,8 +183,11 @@ class VLLMEngine(StreamingEngine):
         Twice as many requests are taken as fit a step: the next ones are at hand when the first are done.
         """
         writers = self._writers()
+        if self._is_writing:
+            raise ConfigError("the engine must write one stream at a time. End the other one, or close it, first.")
         source = enumerate(requests)
         exhausted = False
+        self._is_writing = True
         try:
             while True:
                 while not exhausted and sum(writer.num_open for writer in writers.values()) < 2 * self._max_num_seqs:
@@ -204,6 +208,7 @@ class VLLMEngine(StreamingEngine):
                     progress(sum(writer.num_known for writer in writers.values()))
                 yield from finished
         finally:
+            self._is_writing = False
             for writer in writers.values():  # Ctrl-C, progress() raised, or nobody wants the rest
                 writer.abort()
 

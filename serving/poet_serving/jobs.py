@@ -1,9 +1,9 @@
 """Jobs that survive: what was accepted, what became of it, and its files.
 
 A job is a row of a database; its files lie in a directory of their own. Files come first and are renamed into place,
-the row that names them last, so a kill at any moment leaves a job that is whole or one that is still to be done.
-Whoever asks says on whose behalf (`owner`), and sees no other's jobs. This module knows rows and files; what a job
-asks for and how it is done belong to others.
+the row that names them last, so a kill at any moment leaves a job that is whole or one that is still to be done. One
+process has a store at a time, with as many threads as it likes. Whoever asks says on whose behalf (`owner`), and sees
+no other's jobs. This module knows rows and files; what a job asks for and how it is done belong to others.
 """
 
 from __future__ import annotations
@@ -31,18 +31,21 @@ from sqlalchemy import (
     create_engine,
     delete,
     event,
+    func,
     select,
     update,
 )
 from sqlalchemy.exc import IntegrityError, SQLAlchemyError
 from sqlalchemy.orm import DeclarativeBase, Mapped, Session, mapped_column
 
-from poet.errors import PoetError
+from poet.errors import ConfigError, PoetError
+from poet.training.processes import alone_in
 
 __all__ = ["Job", "JobError", "JobStatus", "JobStore"]
 
 MAX_ATTEMPTS: Final = 3
 UNFINISHED: Final = ".unfinished-"
+WRITES: Final = "poet_writes"  # an execution option of ours
 
 
 class JobError(PoetError, RuntimeError):
@@ -65,11 +68,6 @@ class JobStatus(enum.StrEnum):
     IN_PROGRESS = "in_progress"
     COMPLETED = "completed"
     FAILED = "failed"
-
-    @property
-    def ended(self) -> bool:
-        """Whether nothing more will happen to it."""
-        return self in (JobStatus.COMPLETED, JobStatus.FAILED)
 
 
 class _Base(DeclarativeBase):
@@ -146,23 +144,30 @@ class JobStore:
         clock: seconds since 1970.
 
     Raises:
-        JobError: the database or the directory cannot be used.
+        JobError: the database or the directory cannot be used, or another process uses it.
     """
 
     def __init__(self, url: str, content: Path, *, clock: Callable[[], float] = time.time) -> None:
         self.content, self._clock = content, clock
         try:
             content.mkdir(parents=True, exist_ok=True)
+            self._lock = contextlib.ExitStack()
+            self._lock.enter_context(alone_in(content))
+        except (OSError, ConfigError) as error:
+            raise JobError(f"jobs cannot be kept in {content}: {error}", "store_unavailable") from error
+        try:
             self._engine = create_engine(url)
             if self._engine.dialect.name == "sqlite":
                 _make_sqlite_durable(self._engine)
             _Base.metadata.create_all(self._engine)
-        except (OSError, SQLAlchemyError) as error:
-            raise JobError(f"jobs cannot be kept in {url} and {content}: {error}", "store_unavailable") from error
+        except SQLAlchemyError as error:
+            self._lock.close()
+            raise JobError(f"jobs cannot be kept in {url}: {error}", "store_unavailable") from error
 
     def close(self) -> None:
-        """Close the connections."""
+        """Close the connections, and let another process have the store."""
         self._engine.dispose()
+        self._lock.close()
 
     def submit(
         self,
@@ -190,10 +195,10 @@ class JobStore:
         if idempotency_key is not None and (known := self._of_key(owner, idempotency_key, digest)) is not None:
             return known, False
         name = f"video_{secrets.token_hex(20)}"
-        if files:
-            self.write_files(name, files)
         try:
-            with self._session() as session:
+            if files:
+                self._settle(self._stage(files), name)
+            with self._session(writes=True) as session:
                 row = _Row(
                     id=name,
                     owner=owner,
@@ -264,18 +269,18 @@ class JobStore:
     def count(self, status: JobStatus, owner: str | None = None) -> int:
         """Count the jobs that stand there; of one owner, or of all."""
         with self._session() as session:
-            found = select(_Row.number).where(_Row.status == status)
+            found = select(func.count()).where(_Row.status == status)
             if owner is not None:
                 found = found.where(_Row.owner == owner)
-            return len(session.scalars(found).all())
+            return int(session.scalars(found).one())
 
     def claim(self, count: int) -> Sequence[Job]:
-        """Take the oldest jobs that wait, to do them; no other process takes them too.
+        """Take the oldest jobs that wait, to do them; nobody else takes them too.
 
         Args:
             count: jobs at most.
         """
-        with self._session() as session:
+        with self._session(writes=True) as session:
             found = select(_Row).where(_Row.status == JobStatus.QUEUED).order_by(_Row.number).limit(count)
             rows = session.scalars(found.with_for_update(skip_locked=True)).all()
             for row in rows:
@@ -285,7 +290,7 @@ class JobStore:
 
     def set_progress(self, id: str, percent: int) -> None:
         """Say how far a job is, from 0 to 99; of one that has ended nothing changes."""
-        with self._session() as session:
+        with self._session(writes=True) as session:
             running = (_Row.id == id) & (_Row.status == JobStatus.IN_PROGRESS)
             session.execute(update(_Row).where(running).values(progress=min(99, max(0, percent))))
 
@@ -303,21 +308,21 @@ class JobStore:
         Returns:
             False if the job was deleted or ended meanwhile; nothing is kept then.
         """
-        self.write_files(id, files)
-        now = self._clock()
-        values = {
-            "result": dict(result),
-            "progress": 100,
-            "expires_at": None if lasts is None else now + lasts,
-            "size_bytes": self._size_of(id),
-        }
-        if self._end(id, JobStatus.COMPLETED, values):
+        staged = self._stage(files)
+        try:
+            with self._session(writes=True) as session:
+                found = select(_Row).where((_Row.id == id) & (_Row.status == JobStatus.IN_PROGRESS))
+                row = session.scalars(found.with_for_update()).first()
+                if row is None:
+                    return False
+                self._settle(staged, id)
+                row.status, row.progress, row.result = JobStatus.COMPLETED, 100, dict(result)
+                row.completed_at = self._clock()
+                row.expires_at = None if lasts is None else row.completed_at + lasts
+                row.size_bytes += sum(map(len, files.values()))
             return True
-        with contextlib.suppress(JobError):
-            if self.get(id).status is JobStatus.COMPLETED:
-                return False
-        self._remove_files(id)
-        return False
+        finally:
+            shutil.rmtree(staged, ignore_errors=True)
 
     def fail(self, id: str, code: str, message: str, *, lasts: float | None = None) -> bool:
         """Keep why a job could not be done; False if it was deleted or ended meanwhile."""
@@ -331,7 +336,7 @@ class JobStore:
         Raises:
             JobError: there is none, or it is somebody else's.
         """
-        with self._session() as session:
+        with self._session(writes=True) as session:
             row = self._row(session, id, owner)
             job = _job(row)
             session.execute(delete(_Key).where(_Key.job == row.number))
@@ -347,7 +352,7 @@ class JobStore:
         Returns:
             Jobs that wait again.
         """
-        with self._session() as session:
+        with self._session(writes=True) as session:
             rows = session.scalars(select(_Row).where(_Row.status == JobStatus.IN_PROGRESS)).all()
             for row in rows:
                 if row.attempts >= MAX_ATTEMPTS:
@@ -377,7 +382,7 @@ class JobStore:
             rows = session.scalars(ended).all()
             now = self._clock()
             gone = [row.id for row in rows if row.expires_at is not None and row.expires_at <= now]
-            total = sum(session.scalars(select(_Row.size_bytes)).all())
+            total = int(session.scalars(select(func.coalesce(func.sum(_Row.size_bytes), 0))).one())
             total -= sum(row.size_bytes for row in rows if row.id in gone)
             for row in rows:
                 if max_bytes is None or total <= max_bytes:
@@ -394,27 +399,38 @@ class JobStore:
         """Where a job's file lies; the name is one of ours, never a client's."""
         return self.content / id / name
 
-    def write_files(self, id: str, files: Mapping[str, bytes]) -> None:
-        """Add files to a job; each appears whole or not at all.
-
-        Raises:
-            JobError: they cannot be written.
-        """
-        folder = self.content / id
+    def _stage(self, files: Mapping[str, bytes]) -> Path:
+        """Write files into a directory of no job, through to the disk; nothing is left of it where that fails."""
+        staged = self.content / f"{UNFINISHED}{secrets.token_hex(8)}"
         try:
-            folder.mkdir(exist_ok=True)
+            staged.mkdir()
             for name, content in files.items():
-                part = folder / f"{UNFINISHED}{secrets.token_hex(8)}"
-                with part.open("wb") as file:
+                with (staged / name).open("wb") as file:
                     file.write(content)
                     file.flush()
                     os.fsync(file.fileno())
-                part.replace(folder / name)
+            _sync(staged)
+        except OSError as error:
+            shutil.rmtree(staged, ignore_errors=True)
+            raise JobError(f"{self.content} cannot be written: {error.strerror}", "store_unavailable") from error
+        return staged
+
+    def _settle(self, staged: Path, id: str) -> None:
+        """Give staged files to a job: each appears whole."""
+        folder = self.content / id
+        try:
+            if folder.is_dir():
+                for path in staged.iterdir():
+                    path.replace(folder / path.name)
+                _sync(folder)
+            else:
+                staged.rename(folder)
+            _sync(self.content)
         except OSError as error:
             raise JobError(f"{folder} cannot be written: {error.strerror}", "store_unavailable") from error
 
     def _end(self, id: str, status: JobStatus, values: Mapping[str, Any]) -> bool:
-        with self._session() as session:
+        with self._session(writes=True) as session:
             running = (_Row.id == id) & _Row.status.in_([JobStatus.QUEUED, JobStatus.IN_PROGRESS])
             changed = session.execute(
                 update(_Row).where(running).values(status=status, completed_at=self._clock(), **values)
@@ -443,9 +459,6 @@ class JobStore:
             raise JobError(f"there is no video {id[:100]!r}.", "not_found")
         return row
 
-    def _size_of(self, id: str) -> int:
-        return sum(path.stat().st_size for path in (self.content / id).iterdir())
-
     def _remove_files(self, id: str) -> None:
         """Renamed first, so that a kill in between leaves nothing that looks whole."""
         gone = self.content / f"{UNFINISHED}{secrets.token_hex(8)}"
@@ -454,13 +467,13 @@ class JobStore:
             shutil.rmtree(gone, ignore_errors=True)
 
     @contextlib.contextmanager
-    def _session(self) -> Iterator[Session]:
-        """One transaction.
+    def _session(self, *, writes: bool = False) -> Iterator[Session]:
+        """One transaction; one that `writes` may wait for another such.
 
         Raises:
             JobError: the database cannot be reached.
         """
-        with Session(self._engine, expire_on_commit=False) as session:
+        with Session(self._engine.execution_options(**{WRITES: writes}), expire_on_commit=False) as session:
             try:
                 with session.begin():
                     yield session
@@ -494,4 +507,14 @@ def _make_sqlite_durable(engine: Engine) -> None:
 
     @event.listens_for(engine, "begin")
     def begin(connection: Any) -> None:
-        connection.exec_driver_sql("BEGIN IMMEDIATE")
+        writes = connection.get_execution_options().get(WRITES)
+        connection.exec_driver_sql("BEGIN IMMEDIATE" if writes else "BEGIN")
+
+
+def _sync(directory: Path) -> None:
+    """Bring the names of a directory to the disk."""
+    handle = os.open(directory, os.O_RDONLY)
+    try:
+        os.fsync(handle)
+    finally:
+        os.close(handle)

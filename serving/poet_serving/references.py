@@ -19,7 +19,6 @@ from poet_serving.schema import RequestError, VideoBody
 
 __all__ = ["reference_files"]
 
-KINDS: Final = ("image", "video", "audio")
 _DATA_URL: Final = re.compile(r"data:(image|video|audio)/[\w.+-]{1,80};base64,(.*)", re.DOTALL)
 _SUFFIXES: Final = {
     **dict.fromkeys((".png", ".jpg", ".jpeg", ".webp", ".bmp", ".gif"), "image"),

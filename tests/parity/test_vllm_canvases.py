@@ -208,6 +208,8 @@ def test_outputs_come_as_they_are_finished_while_requests_are_still_being_taken(
     assert [found[number] for number in range(24)] == expected
     given_up = engine.stream(asked)
     next(given_up)
+    with pytest.raises(ConfigError, match="one stream at a time"):
+        engine.generate(asked[:1])
     given_up.close()
     for vllm in (engine._vllm, engine._canvases):
         assert not vllm.has_unfinished_requests()

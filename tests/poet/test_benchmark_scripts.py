@@ -227,7 +227,7 @@ def test_the_parallel_benchmark_asks_as_the_pipeline_does_and_refuses_impossible
     parallel: ModuleType, capsys: pytest.CaptureFixture[str]
 ) -> None:
     assert parallel.parse([]).steps == [4, 8, 12, 16, 24]
-    for bad in (["--steps", "0"], ["--rounds", "0"], ["--count", "-1"]):
+    for bad in (["--steps", "4", "4"], ["--steps", "0"], ["--rounds", "0"], ["--count", "-1"]):
         with pytest.raises(SystemExit):
             parallel.parse(bad)
     assert "at least 1" in capsys.readouterr().err

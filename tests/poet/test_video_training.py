@@ -292,8 +292,10 @@ def test_clips_of_another_size_than_those_of_validation_are_refused() -> None:
 
 def test_steps_take_turns_between_sizes_and_each_is_measured_and_a_run_goes_on_exactly() -> None:
     def training() -> VideoTokenizerTraining:
-        recipe = dataclasses.replace(RECIPE, batch_size=4, scales=(1, 2), hard_share=0.5, adversarial_weight=0.0)
-        sources = [Noise(), Noise(shape=(N, 2 * H, 2 * W))]
+        recipe = dataclasses.replace(
+            RECIPE, batch_size=4, source_clips=40, scales=(1, 2), hard_share=0.5, adversarial_weight=0.0
+        )
+        sources = [Noise(count=40), Noise(count=40, shape=(N, 2 * H, 2 * W))]
         return VideoTokenizerTraining(recipe, sources, [Noise(), Noise(shape=(N, 2 * H, 2 * W))])
 
     whole = training()
@@ -313,6 +315,19 @@ def test_steps_take_turns_between_sizes_and_each_is_measured_and_a_run_goes_on_e
     for step in (2, 3):
         resumed.train_step(step)
     assert _same(_weights(resumed), _weights(whole))
+
+
+def test_every_clip_is_seen_in_every_size() -> None:
+    """Also where the clips go evenly into the steps, so that every round meets the same steps."""
+    recipe = dataclasses.replace(
+        RECIPE, batch_size=4, source_clips=16, scales=(1, 2), hard_share=0.5, adversarial_weight=0.0
+    )
+    sources = [Noise(count=16), Noise(count=16, shape=(N, 2 * H, 2 * W))]
+    training = VideoTokenizerTraining(recipe, sources, [Noise(), Noise(shape=(N, 2 * H, 2 * W))])
+    seen: dict[int, set[int]] = {1: set(), 2: set()}
+    for step in range(200):
+        seen[training._scale(step)] |= set(training._in_turn(step))
+    assert seen == {1: set(range(16)), 2: set(range(16))}
 
 
 @pytest.mark.parametrize("scales", [(), (2,), (1, 1), (1, 0), (2, 1)], ids=str)

@@ -1,13 +1,14 @@
 """`poet batch`: lines become clips or errors, once each, whatever happens in between."""
 
 import base64
+import contextlib
 import json
 import os
 import signal
 import subprocess
 import sys
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -21,7 +22,7 @@ from poet.generation.engine import TorchEngine
 from poet.generation.pipeline import Pipeline
 from poet.media import Clip, read_clip, write_clip
 from poet.testing import tiny_bundle, tiny_upsampler
-from poet_serving.batch import MAX_LINE, BatchSummary, read_lines, run_batch, scan
+from poet_serving.batch import MAX_LINE, BatchSummary, run_batch
 
 
 @pytest.fixture(scope="module")
@@ -43,10 +44,16 @@ def pipeline(bundle: Bundle) -> Any:
 def run(pipeline: Pipeline, tmp_path: Path) -> Callable[..., BatchSummary]:
     """A run over the lines that are given, into tmp_path / "out"."""
 
-    def run(*lines: Any, progress: Any = None) -> BatchSummary:
-        return run_batch(
-            read_lines(write(tmp_path, *lines)), pipeline, tmp_path / "out", base=tmp_path, progress=progress
-        )
+    def run(*lines: Any, progress: Any = None, start: Any = None) -> BatchSummary:
+        def usual(decodings: Sequence[str]) -> Any:
+            started.append(tuple(decodings))
+            return contextlib.nullcontext(pipeline)
+
+        jobs = write(tmp_path, *lines)
+        return run_batch(jobs, pipeline.bundle, tmp_path / "out", start or usual, progress)
+
+    started: list[tuple[str, ...]] = []
+    run.started = started  # type: ignore[attr-defined]
 
     return run
 
@@ -119,6 +126,8 @@ def test_bad_lines_are_answered_and_stop_nothing(run: Callable[..., BatchSummary
         "unknown": (job("unknown", colour="red"), "unknown_parameter", "colour"),
         "task": (job("task", task="telepathy"), "invalid_value", "task"),
         "cold": (job("cold", temperature=-1), "invalid_value", "temperature"),
+        "pulled": (job("pulled", guidance_scale=1e38), "invalid_value", None),
+        "repeats": (job("repeats", repetition_penalty=1e-300), "invalid_value", None),
         "not a number": (job("not a number", top_p="much"), "invalid_value", "top_p"),
         "model": (job("model", model="sora-2"), "model_not_found", "model"),
         "size": (job("size", size="1280x720"), "unsupported_size", "size"),
@@ -144,7 +153,15 @@ def test_bad_lines_are_answered_and_stop_nothing(run: Callable[..., BatchSummary
         "key": ({**job("key"), "extra": 1}, "unknown_parameter", "extra"),
         "body": ({"custom_id": "body"}, "invalid_value", "body"),
     }
-    nameless = [b"{", b"[]", b'"x"', b"\xff\xfe", json.dumps({"body": {}}).encode(), b'{"custom_id": 7, "body": {}}']
+    nameless = [
+        b"{",
+        b"[" * 200_000,
+        b"[]",
+        b'"x"',
+        b"\xff\xfe",
+        json.dumps({"body": {}}).encode(),
+        b'{"custom_id": 7, "body": {}}',
+    ]
     lines = [line for line, _, _ in cases.values()]
     summary = run(job("first"), *lines, *nameless, job("first"), b"x" * (MAX_LINE + 10), job("last"))
     assert (summary.completed, summary.failed) == (2, len(cases) + len(nameless) + 2)
@@ -156,7 +173,7 @@ def test_bad_lines_are_answered_and_stop_nothing(run: Callable[..., BatchSummary
         assert error["type"] == "invalid_request_error"
         assert error["message"]
     codes = [one["response"]["body"].get("error", {}).get("code") for one in results(tmp_path)]
-    assert (codes.count("invalid_json"), codes.count("duplicate_custom_id"), codes.count("line_too_long")) == (4, 1, 1)
+    assert (codes.count("invalid_json"), codes.count("duplicate_custom_id"), codes.count("line_too_long")) == (5, 1, 1)
     assert found["last"]["status_code"] == 200
 
 
@@ -170,14 +187,25 @@ def test_what_is_answered_is_not_done_again_and_half_a_line_is_forgotten(
     again = run(*lines)
     assert (again.completed, again.failed, again.before) == (2, 3, 5)
     assert (tmp_path / "out" / "results.jsonl").read_bytes() == kept
+    assert len(run.started) == 1  # type: ignore[attr-defined]
     (tmp_path / "out" / "results.jsonl").write_bytes(kept + b'{"id": "batch_req_')
-    seen: list[tuple[int, int]] = []
-    more = run(*lines, job("d"), progress=lambda done, now: seen.append((done, now)))
-    assert (more.completed, more.failed, more.before) == (3, 3, 5)
-    assert seen == [(6, 1)]
-    assert (tmp_path / "out" / "results.jsonl").read_bytes().startswith(kept)
+    (tmp_path / "out" / "media" / ".poet-abc.mp4").write_bytes(b"half")
+    seen: list[tuple[int, int, int]] = []
+    more = run(job("d"), *lines, progress=lambda *told: seen.append(told))
+    assert (more.completed, more.failed, more.before) == (3, 5, 5)  # two lines are others by their numbers
+    assert seen[-1] == (6, 6, 3)
+    kept = (tmp_path / "out" / "results.jsonl").read_bytes()
+    files = [one["response"]["body"].get("file") for one in results(tmp_path)]
+    named = [Path(file).name for file in files if file]
+    assert sorted(path.name for path in (tmp_path / "out" / "media").iterdir()) == sorted(set(named))
+    assert len(set(named)) == 3
     with pytest.raises(ConfigError, match="holds an answer to id a, which asked for something else"):
-        run(job("a", seed=1))
+        run(job("e"), job("a", seed=1))
+    assert (tmp_path / "out" / "results.jsonl").read_bytes() == kept
+    changed = kept.replace(b'"weights_sha256": "', b'"weights_sha256": "0')
+    (tmp_path / "out" / "results.jsonl").write_bytes(changed)
+    with pytest.raises(ConfigError, match="holds clips of other weights"):
+        run(*lines)
     (tmp_path / "out" / "results.jsonl").write_text("{}\n")
     with pytest.raises(ConfigError, match="is no result of a batch"):
         run(*lines)
@@ -217,8 +245,7 @@ def test_the_command_says_what_was_done(bundle: Bundle, tmp_path: Path, capsys: 
         assert words in capsys.readouterr().err
 
 
-def test_a_file_is_looked_through_before_an_engine_is_started(bundle: Bundle, tmp_path: Path) -> None:
-    assert scan(write(tmp_path, job("a"), b"{"), bundle).decodings == ("autoregressive",)
-    several = scan(write(tmp_path, job("a", decoding="parallel"), job("b", size="80x48")), bundle)
-    assert several.decodings == ("autoregressive", "parallel", "upsampling")
-    assert several.num_lines == 2
+def test_an_engine_is_started_for_what_is_asked_for(run: Callable[..., BatchSummary], tmp_path: Path) -> None:
+    run(job("a"), b"{")
+    run(job("a"), job("b", decoding="parallel", steps=2), job("c", size="80x48", upsample_steps=1))
+    assert run.started == [("autoregressive",), ("autoregressive", "parallel", "upsampling")]  # type: ignore[attr-defined]

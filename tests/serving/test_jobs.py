@@ -58,8 +58,11 @@ def test_a_job_waits_is_done_and_is_kept(store: JobStore, clock: Clock) -> None:
     store.set_progress(job.id, 10)
     assert store.get(job.id).progress == 100
     assert not store.fail(job.id, "late", "too late")
-    assert not store.complete(job.id, {}, {"video.mp4": b"film"})
+    assert not store.complete(job.id, {}, {"video.mp4": b"another film"})
     assert store.get(job.id).result == {"seed": 3}
+    assert store.file(job.id, "video.mp4").read_bytes() == b"film"
+    assert store.file(job.id, "reference").read_bytes() == b"picture"
+    assert [path.name for path in store.content.iterdir()] == [job.id]
 
 
 def test_nobody_sees_anothers_jobs(store: JobStore) -> None:
@@ -101,10 +104,10 @@ def test_a_key_of_ones_own_makes_one_job_however_often_it_comes(store: JobStore,
     assert new
     assert other.id != first.id
     found: list[str] = []
-    stores = [another(tmp_path) for _ in range(4)]
+    files = {"reference": b"x"}
     threads = [
-        threading.Thread(target=lambda one=one: found.append(one.submit("me", {}, idempotency_key="race")[0].id))  # type: ignore[misc]
-        for one in stores
+        threading.Thread(target=lambda: found.append(store.submit("me", {}, files=files, idempotency_key="race")[0].id))
+        for _ in range(4)
     ]
     for thread in threads:
         thread.start()
@@ -113,20 +116,19 @@ def test_a_key_of_ones_own_makes_one_job_however_often_it_comes(store: JobStore,
     assert len(found) == 4
     assert len(set(found)) == 1
     folders = {path.name for path in (tmp_path / "content").iterdir()}
-    assert folders == {first.id}  # the only one with files
+    assert folders == {first.id, found[0]}
     store.delete(first.id, "me")
     assert store.submit("me", {"prompt": "new"}, idempotency_key="k")[1]
 
 
-def test_two_processes_never_do_the_same_job(store: JobStore, tmp_path: Path) -> None:
+def test_two_threads_never_do_the_same_job(store: JobStore) -> None:
     for number in range(60):
         store.submit("me", {"number": number})
     taken: list[str] = []
     lock = threading.Lock()
 
     def work() -> None:
-        own = another(tmp_path)
-        while jobs := own.claim(3):
+        while jobs := store.claim(3):
             with lock:
                 taken.extend(job.id for job in jobs)
 
@@ -145,16 +147,19 @@ def test_after_a_start_what_was_being_done_waits_again_and_what_never_ends_is_fa
     done, _ = store.submit("me", {})
     (tmp_path / "content" / ".unfinished-abc").mkdir()
     (tmp_path / "content" / "video_nobody").mkdir()
+    with pytest.raises(JobError, match="in use by another process"):
+        another(tmp_path)
     for attempt in range(1, MAX_ATTEMPTS + 1):
         assert [one.id for one in store.claim(1)] == [job.id]
-        again = another(tmp_path)
-        assert again.recover() == (attempt < MAX_ATTEMPTS)
-        again.close()
+        store.close()
+        store = another(tmp_path)
+        assert store.recover() == (attempt < MAX_ATTEMPTS)
     ended = store.get(job.id)
     assert ended.status is JobStatus.FAILED
     assert ended.error == {"code": "server_stopped", "message": "the server ended 3 times while it did this job."}
     assert store.get(done.id).status is JobStatus.QUEUED
     assert list((tmp_path / "content").iterdir()) == []
+    store.close()
 
 
 def test_what_is_deleted_while_it_is_done_leaves_nothing(store: JobStore, tmp_path: Path) -> None:
