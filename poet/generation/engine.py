@@ -4,6 +4,7 @@ An engine knows ids and grammars, and hands codes to the upsampler. It does not 
 (`poet.generation.pipeline`).
 """
 
+import abc
 import functools
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
@@ -144,18 +145,18 @@ class Engine(Protocol):
         ...
 
 
-class StreamingEngine:
+class StreamingEngine(abc.ABC):
     """What engines have in common: `generate` by their `check` and `stream`."""
 
+    @abc.abstractmethod
     def check(self, request: GenerationRequest, *, index: int = 0) -> None:
         """See `Engine.check`."""
-        raise NotImplementedError
 
+    @abc.abstractmethod
     def stream(
         self, requests: Iterable[GenerationRequest], progress: Callable[[int], None] | None = None
     ) -> Iterator[tuple[int, list[int]]]:
         """See `Engine.stream`."""
-        raise NotImplementedError
 
     def generate(
         self, requests: Sequence[GenerationRequest], progress: Callable[[int, int], None] | None = None
