@@ -9,11 +9,12 @@ from __future__ import annotations
 
 import functools
 import re
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
+from typing import Any
 
 import numpy as np
 
-__all__ = ["caption_for", "parse_caption"]
+__all__ = ["caption_for", "caption_phrases", "caption_words", "parse_caption"]
 
 _SIZES: dict[str, tuple[str, ...]] = {"small": ("small", "little", "tiny"), "large": ("large", "big", "huge")}
 _COLOURS: dict[str, tuple[str, ...]] = {
@@ -201,6 +202,41 @@ def parse_caption(text: str) -> dict[str, str]:
     for slot, phrase in match.groupdict().items():
         attributes.update(_meanings()[slot][phrase])
     return attributes
+
+
+def caption_words() -> dict[str, dict[str, list[str]]]:
+    """The words of every attribute that a single word or two stand for: {"pitch": {"low": ["low", "deep", ...]}, ...}."""
+    tables = {"size": _SIZES, "colour": _COLOURS, "shape": _SHAPES, "background": _BACKGROUNDS, "pitch": _PITCHES}
+    return {name: {value: _once(words) for value, words in table.items()} for name, table in tables.items()}
+
+
+def caption_phrases() -> list[dict[str, Any]]:
+    """The grammar's phrases as data.
+
+    Returns:
+        One {"means": {attribute: value}, "forms": {slot: phrase}} for each phrase; "{pitch}" and "{background}" in a
+        phrase stand for any of their `caption_words`. A motion's verb and its participle are one phrase in two forms.
+    """
+    phrases: list[dict[str, Any]] = [
+        {"means": {name: value}, "forms": {name: word}}
+        for name, values in caption_words().items()
+        if name in _WORDS
+        for value, words in values.items()
+        for word in words
+    ]
+    for value, verbs in _VERBS.items():
+        for verb, participle in zip(verbs, _PARTICIPLES[value], strict=True):
+            phrases.append({"means": {"motion": value}, "forms": {"verb": verb, "participle": participle}})
+    for slot, frames in _FRAMES.items():
+        phrases += [{"means": {}, "forms": {slot: frame.format("{background}")}} for frame in frames]
+    for slot, sounds in _SOUNDS.items():
+        for timbre, forms in sounds.items():
+            phrases += [{"means": {"timbre": timbre}, "forms": {slot: form.format("{pitch}")}} for form in forms]
+    return phrases
+
+
+def _once(words: Iterable[str]) -> list[str]:
+    return list(dict.fromkeys(words))
 
 
 def _known_values() -> dict[str, set[str]]:

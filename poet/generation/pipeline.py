@@ -10,7 +10,6 @@ Legend: N video frames of H x W pixels, S audio samples, T latent frames, K audi
 from __future__ import annotations
 
 import dataclasses
-import hashlib
 import itertools
 import secrets
 from collections import defaultdict
@@ -25,6 +24,7 @@ from poet.bundle import Bundle
 from poet.errors import ConfigError
 from poet.generation.canvas import ParallelDecoding, plan_canvas
 from poet.generation.engine import Engine, GenerationRequest
+from poet.generation.provenance import describe_decoding, describe_repetition, describe_upsampling, hash_ids
 from poet.generation.sampling import SamplingConfig
 from poet.generation.upsample import Upsampling, UpsamplingRequest
 from poet.media import Clip
@@ -137,7 +137,7 @@ class Pipeline:
         """
         prepared = [self.prepare(request, index) for index, request in enumerate(requests)]
         outputs = self.engine.generate([item.generation for item in prepared], progress)
-        return self._finish_all(prepared, outputs)
+        return self.finish_all(prepared, outputs)
 
     def stream(
         self,
@@ -165,11 +165,19 @@ class Pipeline:
         outputs = self.engine.stream(requests(), progress)
         while finished := list(itertools.islice(outputs, batch_size)):
             chosen = [items.pop(index) for index, _ in finished]
-            clips = self._finish_all(chosen, [ids for _, ids in finished])
+            clips = self.finish_all(chosen, [ids for _, ids in finished])
             yield from zip((index for index, _ in finished), clips, strict=True)
 
-    def _finish_all(self, prepared: Sequence[PreparedClip], outputs: Sequence[list[int]]) -> list[GeneratedClip]:
-        """From output ids to clips, all of them together."""
+    def finish_all(self, prepared: Sequence[PreparedClip], outputs: Sequence[list[int]]) -> list[GeneratedClip]:
+        """Turn what an engine wrote into clips, all of them together.
+
+        Args:
+            prepared: from `prepare`.
+            outputs: the output ids of each.
+
+        Returns:
+            One clip a request, in order.
+        """
         scenes = [
             unpack(np.concatenate([item.generation.prefix_ids, ids]), self.bundle.vocabulary)
             for item, ids in zip(prepared, outputs, strict=True)
@@ -444,48 +452,11 @@ class Pipeline:
             "top_k": str(sampling.top_k),
             "top_p": repr(sampling.top_p),
             "guidance_scale": repr(float(sampling.guidance_scale)),
-            **_describe_repetition(sampling),
-            **_describe_decoding(request.decoding),
-            **self._describe_upsampling(request.upsampling),
+            **describe_repetition(sampling),
+            **describe_decoding(request.decoding),
+            **describe_upsampling(request.upsampling, self.bundle),
             "ids_sha256": hash_ids(ids),
         }
-
-    def _describe_upsampling(self, upsampling: Upsampling | None) -> dict[str, str]:
-        """What says how the picture was made larger; nothing where it was not."""
-        if upsampling is None:
-            return {}
-        usual = Upsampling()
-        others = ("schedule", "choice_temperature", "text_guidance", "low_guidance", "noise_level")
-        unusual = [name for name in others if getattr(upsampling, name) != getattr(usual, name)]
-        return {
-            "upsampler_sha256": self.bundle.upsampler_sha256,
-            "upsample_steps": str(upsampling.num_steps),
-            "upsample_temperature": repr(float(upsampling.temperature)),
-            **{f"upsample_{name}": str(getattr(upsampling, name)) for name in unusual},
-        }
-
-
-def _describe_repetition(sampling: SamplingConfig) -> dict[str, str]:
-    """The penalty on repeated ids; nothing where there is none."""
-    if sampling.repetition_penalty == 1:
-        return {}
-    return {
-        "repetition_penalty": repr(float(sampling.repetition_penalty)),
-        "repetition_window": str(sampling.repetition_window),
-    }
-
-
-def _describe_decoding(decoding: ParallelDecoding | None) -> dict[str, str]:
-    """What says how ids were written; nothing where they were written one after another."""
-    if decoding is None:
-        return {}
-    return {
-        "decoding": "parallel",
-        "steps": str(decoding.num_steps),
-        "schedule": decoding.schedule,
-        "order": decoding.order,
-        "choice_temperature": repr(float(decoding.choice_temperature)),
-    }
 
 
 def _given_kinds(task: Task, request: ClipRequest) -> list[str]:
@@ -496,8 +467,3 @@ def _given_kinds(task: Task, request: ClipRequest) -> list[str]:
     for kind, other in (("video", "audio"), ("audio", "video")):
         there[kind] &= kind in reads or not (there[other] and other in reads)
     return [kind for kind, given in there.items() if given]
-
-
-def hash_ids(ids: Sequence[int]) -> str:
-    """sha256 in hex of output ids, by which two clips can be told to be the same."""
-    return hashlib.sha256(np.asarray(ids, np.int64).tobytes()).hexdigest()

@@ -13,9 +13,7 @@ from __future__ import annotations
 
 import contextlib
 import gc
-import json
 import logging
-import math
 import os
 import random
 import warnings
@@ -33,32 +31,17 @@ from poet.bundle import Bundle
 from poet.errors import CheckpointError, ConfigError, PoetError
 from poet.generation.engine import GenerationRequest, StreamingEngine, check_request
 from poet.generation.upsample import UpsamplingRequest, check_upsampling
-from poet.model.config import PoetConfig
+from poet_serving.settings import EngineSettings, set_environment
 
 if TYPE_CHECKING:
     from poet_serving.writing import Writer
 
-__all__ = ["VLLMEngine", "check_settings"]
+__all__ = ["VLLMEngine", "check_servable", "check_settings"]
 
 DECODINGS = ("autoregressive", "parallel", "upsampling")
-NO_CACHE = {"runner": "pooling", "kv_cache_memory_bytes": 2**20}
-"""What vLLM is told of a model without a cache. Left to itself it wants most of the machine's memory to be free."""
 
-BLOCK_SIZE = 128
-"""Ids in one page of the cache; the CPU kernels want a multiple of 32."""
-
-SMALL_MODEL = 50_000_000
-"""Parameters. Below, a step's kernels are so short that waking threads for each costs more than they save, and on a
-busy machine, where every kernel waits for the thread that was put off, many times more."""
-
-# What vLLM reads from the environment. The first must hold; the others are defaults that a user may set otherwise.
+# What vLLM reads from the environment, besides the defaults of `poet_serving.settings`.
 _REQUIRED_ENVIRONMENT = {"VLLM_ENABLE_V1_MULTIPROCESSING": "0", "VLLM_USE_V2_MODEL_RUNNER": "0"}
-_DEFAULT_ENVIRONMENT = {
-    "OMP_WAIT_POLICY": "PASSIVE",  # threads that wait by spinning cost a factor of ten on a busy machine
-    "VLLM_LOGGING_LEVEL": "ERROR",
-    "VLLM_LOGGING_STREAM": "ext://sys.stderr",  # standard output belongs to the command's result
-    "VLLM_NO_USAGE_STATS": "1",
-}
 
 
 class VLLMEngine(StreamingEngine):
@@ -101,49 +84,25 @@ class VLLMEngine(StreamingEngine):
         self._is_writing = False
         if not decodings or set(decodings) - set(DECODINGS):
             raise ConfigError(f"decodings must be one or more of {', '.join(DECODINGS)}, got {list(decodings)}.")
-        self._config = _read_config(Path(bundle_dir))
-        if dtype not in ("auto", "float32", "bfloat16"):
-            raise ConfigError(f"dtype must be 'auto', 'float32' or 'bfloat16', got {dtype!r}.")
-        dtype = _fastest_dtype() if dtype == "auto" else dtype
-        for option, value in (("max_num_seqs", max_num_seqs), ("num_threads", num_threads)):
-            if value is not None and value < 1:
-                raise ConfigError(f"{option} must be at least 1, got {value}.")
-        small = self._config.num_parameters < SMALL_MODEL
-        self._num_threads = num_threads
-        self._num_threads_in_turn = 1 if num_threads is None and small else num_threads
-        longest = self._config.scene_length
-        blocks_each = -(-longest // BLOCK_SIZE)
-        # One page of any pool is vLLM's own.
-        blocks = 1 + max_num_seqs * blocks_each if num_cache_blocks is None else num_cache_blocks
-        if blocks <= blocks_each:
-            raise ConfigError(
-                f"num_cache_blocks must be at least {blocks_each + 1}, so that the longest request fits, got {blocks}."
-            )
-        self._pair_blocks = 1 + 2 * blocks_each
-        self._takes_pairs = max_num_seqs > 1 and blocks >= self._pair_blocks
+        self._settings = EngineSettings.of_bundle(
+            Path(bundle_dir),
+            dtype=dtype,
+            max_num_seqs=max_num_seqs,
+            num_cache_blocks=num_cache_blocks,
+            num_threads=num_threads,
+        )
         if VLLMEngine._running:
             raise ConfigError("a process must run one vLLM engine at a time. Close the other one first.")
-        self._max_num_seqs = max_num_seqs
-        common = {
-            "model": str(bundle_dir),
-            "dtype": dtype,
-            "max_num_seqs": max_num_seqs,
-            "max_model_len": longest,
-            "enforce_eager": True,
-        }
-        cached = {
-            "max_num_batched_tokens": max(2 * longest, 2048),  # a guided request is read together with its guide
-            "block_size": BLOCK_SIZE,
-            "num_gpu_blocks_override": blocks,
-            "kv_cache_memory_bytes": blocks * self._block_bytes(dtype),
-        }
         try:
             if "autoregressive" in decodings:
-                self._vllm = _start(common | cached)
+                self._vllm = _start(self._settings.causal())
             if "parallel" in decodings:
-                self._canvases = _start(common | _canvas_arguments(max(2, max_num_seqs) * longest))
+                self._canvases = _start(self._settings.canvases())
             if "upsampling" in decodings:
-                self._upsampler = self._start_upsampler(Path(bundle_dir), common)
+                bundle = Bundle.open(bundle_dir)
+                # Loaded once by the reference's own code, which checks more than vLLM does.
+                self._upsampler_config = bundle.load_upsampler().config
+                self._upsampler = _start(self._settings.upsampler(bundle, self._upsampler_config.scale))
         except BaseException as error:
             self.close()
             damaged = (ValueError, KeyError, RuntimeError, OSError, SafetensorError)
@@ -158,23 +117,6 @@ class VLLMEngine(StreamingEngine):
             self.close()
             raise
 
-    def _start_upsampler(self, bundle_dir: Path, common: dict[str, Any]) -> Any:
-        """vLLM with the bundle's upsampler, for clips of the bundle's length and size."""
-        bundle = Bundle.open(bundle_dir)
-        # Loaded once by the reference's own code, which checks more than vLLM does.
-        self._upsampler_config = bundle.load_upsampler().config
-        places = math.prod(bundle.geometry().latent_shape) * self._upsampler_config.scale**2
-        own = {
-            "model": str(bundle.check_upsampler()),
-            "max_model_len": places,
-            "max_num_batched_tokens": self._max_num_seqs * places,
-        }
-        return _start(common | NO_CACHE | own)
-
-    def _block_bytes(self, dtype: str) -> int:
-        numbers = 2 * self._config.num_layers * self._config.num_kv_heads * self._config.head_dim * BLOCK_SIZE
-        return numbers * (4 if dtype == "float32" else 2)
-
     def stream(
         self, requests: Iterable[GenerationRequest], progress: Callable[[int], None] | None = None
     ) -> Iterator[tuple[int, list[int]]]:
@@ -182,7 +124,7 @@ class VLLMEngine(StreamingEngine):
 
         Twice as many requests are taken as fit a step: the next ones are at hand when the first are done.
         """
-        writers = self._writers()
+        writers, settings = self._writers(), self._settings
         if self._is_writing:
             raise ConfigError("the engine must write one stream at a time. End the other one, or close it, first.")
         source = enumerate(requests)
@@ -190,7 +132,7 @@ class VLLMEngine(StreamingEngine):
         self._is_writing = True
         try:
             while True:
-                while not exhausted and sum(writer.num_open for writer in writers.values()) < 2 * self._max_num_seqs:
+                while not exhausted and sum(writer.num_open for writer in writers.values()) < 2 * settings.max_num_seqs:
                     index, request = next(source, (0, None))
                     if request is None:
                         exhausted = True
@@ -202,7 +144,7 @@ class VLLMEngine(StreamingEngine):
                     return
                 finished = []
                 for name in busy:
-                    with _threads(self._num_threads_in_turn if name == "autoregressive" else self._num_threads):
+                    with _threads(settings.num_threads_in_turn if name == "autoregressive" else settings.num_threads):
                         finished += writers[name].step()
                 if progress is not None:
                     progress(sum(writer.num_known for writer in writers.values()))
@@ -222,7 +164,7 @@ class VLLMEngine(StreamingEngine):
         if self._vllm is not None:
             writers["autoregressive"] = OutputWriter(self._vllm)
         if self._canvases is not None:
-            writers["parallel"] = CanvasFiller(self._canvases, self._max_num_seqs)
+            writers["parallel"] = CanvasFiller(self._canvases, self._settings.max_num_seqs)
         return writers
 
     def upsample(
@@ -257,24 +199,16 @@ class VLLMEngine(StreamingEngine):
                 )
         from poet_serving.superresolution import upsample_codes
 
-        with _threads(self._num_threads):
-            return upsample_codes(self._upsampler, requests, self._upsampler_config, self._max_num_seqs, progress)
+        with _threads(self._settings.num_threads):
+            return upsample_codes(
+                self._upsampler, requests, self._upsampler_config, self._settings.max_num_seqs, progress
+            )
 
     def check(self, request: GenerationRequest, *, index: int = 0) -> None:
         """Raise unless the engine can take a request; see `Engine.check`."""
         self._check_open()
-        check_request(request, self._config, index=index)
-        kind, engine = ("autoregressive", self._vllm) if request.canvas is None else ("parallel", self._canvases)
-        if engine is None:
-            raise ConfigError(
-                f"request {index}: the engine was started without {kind} decoding. Name it in the engine's decodings."
-            )
-        takes_pairs = self._takes_pairs if request.canvas is None else self._max_num_seqs > 1
-        if request.guided and not takes_pairs:
-            raise ConfigError(
-                f"request {index}: guidance writes two requests at once, for which max_num_seqs must be at least 2 and "
-                f"num_cache_blocks at least {self._pair_blocks}. Start the engine with more, or set guidance_scale 1."
-            )
+        engine = self._vllm if request.canvas is None else self._canvases
+        check_servable(request, self._settings, started=engine is not None, index=index)
 
     def _check_open(self) -> None:
         if self._vllm is None and self._canvases is None and self._upsampler is None:
@@ -296,6 +230,32 @@ class VLLMEngine(StreamingEngine):
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
         self.close()
+
+
+def check_servable(request: GenerationRequest, settings: EngineSettings, *, started: bool, index: int = 0) -> None:
+    """Raise unless vLLM can write a request.
+
+    Args:
+        request: to be checked.
+        settings: what vLLM was started with.
+        started: whether the request's way of decoding was.
+        index: of the request among others, for the message.
+
+    Raises:
+        ConfigError: it cannot.
+    """
+    check_request(request, settings.config, index=index)
+    if not started:
+        kind = "autoregressive" if request.canvas is None else "parallel"
+        raise ConfigError(
+            f"request {index}: the engine was started without {kind} decoding. Name it in the engine's decodings."
+        )
+    takes_pairs = settings.takes_pairs if request.canvas is None else settings.max_num_seqs > 1
+    if request.guided and not takes_pairs:
+        raise ConfigError(
+            f"request {index}: guidance writes two requests at once, for which max_num_seqs must be at least 2 and "
+            f"num_cache_blocks at least {settings.pair_blocks}. Start the engine with more, or set guidance_scale 1."
+        )
 
 
 def check_settings(settings: Any) -> None:
@@ -321,20 +281,6 @@ def check_settings(settings: Any) -> None:
         )
 
 
-def _read_config(bundle_dir: Path) -> PoetConfig:
-    try:
-        content = json.loads((bundle_dir / "config.json").read_text(encoding="utf-8"))
-        return PoetConfig.from_huggingface_dict(content)
-    except (OSError, json.JSONDecodeError, ConfigError) as error:
-        raise CheckpointError(f"{bundle_dir} must be a bundle with a model: {error}") from error
-
-
-def _fastest_dtype() -> str:
-    capabilities = torch.cpu.get_capabilities()
-    multiplies = capabilities.get("avx512_bf16") or capabilities.get("amx_bf16")
-    return "bfloat16" if multiplies else "float32"
-
-
 @contextlib.contextmanager
 def _threads(count: int | None) -> Iterator[None]:
     """Give what is within so many threads (None: as many as there are), and the caller its own again."""
@@ -346,21 +292,10 @@ def _threads(count: int | None) -> Iterator[None]:
         torch.set_num_threads(before)
 
 
-def _canvas_arguments(budget: int) -> dict[str, Any]:
-    """What vLLM is told besides for canvases: a model without a cache, which reads `budget` ids a step at most."""
-    from poet_serving.plugin import CANVAS_ARCHITECTURE
-
-    return NO_CACHE | {
-        "max_num_batched_tokens": budget,
-        "hf_overrides": {"architectures": [CANVAS_ARCHITECTURE]},
-    }
-
-
 def _start(arguments: dict[str, Any]) -> Any:
     """Import vLLM and build its engine with one of Poet's models."""
     os.environ.update(_REQUIRED_ENVIRONMENT)
-    for key, value in _DEFAULT_ENVIRONMENT.items():
-        os.environ.setdefault(key, value)
+    set_environment()
     with _quick_start(), _own_process_state(), _quiet():
         # Only now: vLLM reads part of the environment at import, and takes seconds to import.
         try:
@@ -399,10 +334,6 @@ def _start(arguments: dict[str, Any]) -> Any:
             **arguments,
             hf_overrides=overrides,
             scheduler_cls=PairScheduler,
-            enable_prefix_caching=False,
-            enable_chunked_prefill=False,
-            skip_tokenizer_init=True,
-            generation_config="vllm",  # a bundle's generation_config.json holds Poet's defaults, not Hugging Face's
             disable_log_stats=True,
             use_tqdm_on_load=False,
         )

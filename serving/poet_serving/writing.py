@@ -22,7 +22,7 @@ from poet_serving.grammar import grammar_arguments
 from poet_serving.guidance import Half, guidance_arguments
 from poet_serving.repetition import repetition_arguments
 
-__all__ = ["OutputWriter", "Writer", "halves_of"]
+__all__ = ["OutputWriter", "Writer", "halves_of", "sampling_parameters"]
 
 
 class Writer(Protocol):
@@ -61,7 +61,7 @@ class OutputWriter:
 
     def add(self, index: int, request: GenerationRequest) -> None:
         """See `Writer.add`."""
-        name, parameters = str(index), _parameters(request)
+        name, parameters = str(index), sampling_parameters(request)
         self._indices[name], self._longest[name] = index, max_output_length(request.grammar)
         self._unfinished[name] = set()
         self.num_open += 1
@@ -128,8 +128,8 @@ def halves_of(request: GenerationRequest) -> Iterator[tuple[str, Sequence[int], 
         yield suffix, prefix, guidance_arguments(half)
 
 
-def _parameters(request: GenerationRequest) -> SamplingParams:
-    """Translate a request."""
+def sampling_parameters(request: GenerationRequest) -> SamplingParams:
+    """What vLLM is asked for a request with, besides its ids."""
     sampling = request.sampling
     arguments = grammar_arguments(request.grammar)
     arguments["extra_args"] |= repetition_arguments(sampling)

@@ -21,7 +21,8 @@ from poet.model.transformer import PoetTransformer
 from poet.sequence import output_grammar, pack_prefix
 from poet.tasks import TASKS
 from poet.testing import random_scene, save_model, sharp_model, tiny_config, tiny_geometry, tiny_vocabulary
-from poet_serving.engine import BLOCK_SIZE, VLLMEngine
+from poet_serving.engine import VLLMEngine
+from poet_serving.settings import BLOCK_SIZE
 
 VOCABULARY = tiny_vocabulary()
 CONFIG = tiny_config(

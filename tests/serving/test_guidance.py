@@ -128,12 +128,12 @@ def test_an_interrupted_call_leaves_no_half_behind(engine: VLLMEngine) -> None:
 
 def submit(engine: VLLMEngine, request: GenerationRequest, name: str, halves: tuple[int, ...] = (0, 1)) -> list[str]:
     """Hand halves of a request to vLLM."""
-    from poet_serving.writing import _parameters, halves_of
+    from poet_serving.writing import halves_of, sampling_parameters
 
     names = []
     for place, (suffix, prefix, half) in enumerate(halves_of(request)):
         if place in halves:
-            parameters = _parameters(request)
+            parameters = sampling_parameters(request)
             parameters.extra_args |= half
             prompt = {"prompt_token_ids": list(prefix)}
             names.append(engine._vllm.add_request(name + suffix, prompt, parameters))
