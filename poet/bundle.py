@@ -1,7 +1,7 @@
 """A bundle: the directory with everything needed to generate (SPEC, section 8), opened, checked and written.
 
     config.json  model.safetensors  generation_config.json  vocabulary.json
-    video_tokenizer/  audio_tokenizer/  text_tokenizer/  [upsampler/]  [README.md]
+    video_tokenizer/  audio_tokenizer/  text_tokenizer/  [upsampler/]  [phrases.json]  [README.md]
 
 A bundle without config.json and model.safetensors is a tokenizer bundle: enough to encode clips and to train a model.
 This file checks that the parts belong together; it does not know what is inside the tokenizers or the weights, and
@@ -47,6 +47,7 @@ WEIGHTS_FILE: Final = "model.safetensors"
 GENERATION_FILE: Final = "generation_config.json"
 VOCABULARY_FILE: Final = "vocabulary.json"
 MODEL_CARD_FILE: Final = "README.md"
+PHRASES_FILE: Final = "phrases.json"
 UPSAMPLER_DIRECTORY: Final = "upsampler"
 FINGERPRINT_KEY: Final = "poet_fingerprint"
 TRAINED_TASKS_KEY: Final = "trained_tasks"
@@ -294,13 +295,18 @@ class Bundle:
                 f"{task!r}. Choose one of them, or a bundle that was trained on it."
             )
 
+    @property
+    def writes_parallel(self) -> bool:
+        """Whether the bundle says that its model has learnt to write many ids at once."""
+        return self.config is not None and self.config.get(TRAINED_PARALLEL_KEY) is True
+
     def check_parallel(self) -> None:
         """Raise unless the bundle says that its model has learnt to write many ids at once.
 
         Raises:
             ConfigError: it does not say so.
         """
-        if self.config is None or self.config.get(TRAINED_PARALLEL_KEY) is not True:
+        if not self.writes_parallel:
             raise ConfigError(
                 f"the model of {self.path} has not learnt to write many ids at once (its config.json does not say "
                 f"{TRAINED_PARALLEL_KEY}). Write one id after another, or choose a bundle that was trained with a "
@@ -320,6 +326,12 @@ class Bundle:
             return PoetConfig.from_huggingface_dict(self.config)
         except ConfigError as error:
             raise CheckpointError(f"{self.path / CONFIG_FILE} cannot be used: {error}") from error
+
+    @property
+    def phrases_file(self) -> Path | None:
+        """The file of phrases that chats edit prompts with, if the bundle has one. The fingerprint leaves it out."""
+        file = self.path / PHRASES_FILE
+        return file if file.is_file() else None
 
     @property
     def upsampler(self) -> Path | None:
@@ -510,6 +522,8 @@ def export_bundle(
 ) -> Bundle:
     """Assemble a complete bundle: a model together with the vocabulary, defaults and tokenizers of another bundle.
 
+    The other bundle's upsampler and phrases go along, where it has them.
+
     It is assembled in a hidden directory beside and then renamed, so that whatever stops it never leaves half of one.
 
     Args:
@@ -536,6 +550,8 @@ def export_bundle(
             shutil.copytree(source.path / f"{kind}_tokenizer", unfinished / f"{kind}_tokenizer")
         if source.upsampler is not None:
             shutil.copytree(source.upsampler, unfinished / UPSAMPLER_DIRECTORY)
+        if source.phrases_file is not None:
+            shutil.copyfile(source.phrases_file, unfinished / PHRASES_FILE)
         source.vocabulary.save(unfinished / VOCABULARY_FILE)
         _write_object(unfinished / GENERATION_FILE, dataclasses.asdict(source.generation_config))
         _write_object(unfinished / CONFIG_FILE, content)

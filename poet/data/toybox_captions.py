@@ -205,7 +205,7 @@ def parse_caption(text: str) -> dict[str, str]:
 
 
 def caption_words() -> dict[str, dict[str, list[str]]]:
-    """The words of every attribute that a single word or two stand for: {"pitch": {"low": ["low", "deep", ...]}, ...}."""
+    """The words for each value of an attribute that words stand for: {"pitch": {"low": ["low", ...], ...}, ...}."""
     tables = {"size": _SIZES, "colour": _COLOURS, "shape": _SHAPES, "background": _BACKGROUNDS, "pitch": _PITCHES}
     return {name: {value: _once(words) for value, words in table.items()} for name, table in tables.items()}
 

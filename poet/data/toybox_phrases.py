@@ -1,7 +1,7 @@
 """What people say when they change a Toybox clip in words: the phrases of the captions, and others beside them.
 
-`phrases.json` of a bundle that was trained on Toybox holds it, for chats about its clips. The captions' own phrases come
-from their grammar; here stand only the words that captions do not hold ("make it bigger").
+`phrases.json` of a bundle that was trained on Toybox holds it, for chats about its clips. The captions' own phrases
+come from their grammar; here stand only the words that captions do not hold ("make it bigger").
 """
 
 from __future__ import annotations
@@ -14,8 +14,7 @@ from poet.data.toybox_captions import caption_phrases, caption_words
 
 __all__ = ["toybox_phrases", "write_toybox_phrases"]
 
-# What is said, by attribute and value. A shape's name stands for the thing in "the star circles", which alone would be
-# taken for a circle.
+# What is said, by attribute and value. "circle" alone is the shape: of the motion only longer phrases are taken.
 _SAID: Final[dict[str, dict[str, tuple[str, ...]]]] = {
     "size": {
         "small": ("smaller", "a little smaller", "tinier"),
@@ -23,42 +22,41 @@ _SAID: Final[dict[str, dict[str, tuple[str, ...]]]] = {
     },
     "colour": {},
     "shape": {
-        "circle": ("round", "ball", "dot"),
+        "circle": ("round", "dot"),
         "square": ("box",),
-        "cross": ("plus",),
     },
     "motion": {
         "moves right": (
             *("to the right", "rightwards", "rightward", "go right", "goes right", "going right", "slide right"),
-            *("right instead of left", "fly right"),
+            *("fly right", "from left to right", "right instead of left"),
         ),
         "moves left": (
             *("to the left", "leftwards", "leftward", "go left", "goes left", "going left", "slide left"),
-            *("left instead of right", "fly left"),
+            *("fly left", "from right to left", "left instead of right"),
         ),
         "rises": (
             *("upwards", "upward", "float up", "floats up", "floating up", "fly up", "flies up", "go higher"),
             *("move higher", "ascend", "ascends", "ascending"),
         ),
         "falls": (
-            *("downwards", "downward", "drop", "drops", "dropping", "drop down", "drops down", "fall down"),
+            *("downwards", "downward", "it drop", "drops", "dropping", "drop down", "drops down", "fall down"),
             *("falls down", "falling down", "descend", "descends", "descending", "go lower", "move lower"),
         ),
         "bounces": (
             *("jump", "jumps", "jumping", "hop", "hops", "hopping", "jump up and down", "jumps up and down"),
-            *("jumping up and down", "bouncy"),
+            *("jumping up and down", "jump high", "jump higher", "bounce high", "bounce higher"),
         ),
         "circles": (
             *("it circle", "should circle", "it to circle", "in circles", "in a circle", "round and round"),
-            *("circle round", "orbit", "orbits", "orbiting"),
+            *("go round", "goes round", "circle round", "orbit", "orbits", "orbiting"),
         ),
         "stays still": (
-            *("hold still", "be still", "it still", "remain still", "motionless", "freeze", "stop moving", "not move"),
-            *("don't move", "do not move", "stop"),
+            *("hold still", "be still", "make it still", "keep it still", "remain still", "motionless", "freeze"),
+            *("stop moving", "don't move", "do not move"),
         ),
         "grows": (
             *("get larger", "become larger", "grow bigger", "getting larger", "bigger and bigger"),
-            *("larger and larger", "expand"),
+            *("larger and larger",),
         ),
         "shrinks": ("smaller and smaller",),
     },
@@ -96,9 +94,8 @@ def toybox_phrases() -> dict[str, Any]:
     for name, values in _SAID.items():
         phrases += [{"means": {name: value}, "said": list(said)} for value, said in values.items()]
     phrases += [
-        {"means": {"motion": "circles"}, "said": ["{shape} circle", "{shape} to circle"]},
-        *({"means": {"timbre": timbre}, "said": ["{pitch} %s" % timbre]} for timbre in _SAID["timbre"] if timbre != _SILENT),
-        *({"means": {}, "said": [f"{{pitch}} {noun}" for noun in ("sound", "note", "tone", "pitch")]},),
+        {"means": {"motion": "circles"}, "said": ["{shape} circle"]},
+        {"means": {}, "said": [f"{{pitch}} {noun}" for noun in ("sound", "note", "tone", "pitch")]},
         *(
             {"means": {"pitch": value}, "said": [word]}
             for value, said in words["pitch"].items()

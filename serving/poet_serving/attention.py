@@ -25,14 +25,9 @@ from vllm.v1.attention.selector import get_attn_backend
 from vllm.v1.kv_cache_interface import FullAttentionSpec, KVCacheSpec
 
 from poet.errors import ConfigError
+from poet_serving.settings import PROMPT_LENGTHS_KEY
 
-__all__ = ["PROMPT_LENGTHS_KEY", "PrefixAttention", "PrefixRule", "Span", "is_compiled", "virtual_requests"]
-
-PROMPT_LENGTHS_KEY = "rswa_window"
-"""The configuration key (any value but None) that makes vLLM 0.32 tell attention how long each prompt is.
-
-It belongs to reference sliding-window attention, which the CPU backend does not implement, so nothing else listens.
-"""
+__all__ = ["PrefixAttention", "PrefixRule", "Span", "is_compiled", "virtual_requests"]
 
 
 @dataclass(frozen=True)

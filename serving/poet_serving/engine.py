@@ -308,7 +308,6 @@ def _start(arguments: dict[str, Any]) -> Any:
                 f"the vllm engine needs vLLM, which cannot be imported ({error}). Install openpoet[serve], or use the "
                 "torch engine."
             ) from error
-        from poet_serving.attention import PROMPT_LENGTHS_KEY
         from poet_serving.grammar import GrammarLogitsProcessor
         from poet_serving.guidance import GuidanceLogitsProcessor
         from poet_serving.maskgit import PoetForCanvas
@@ -323,7 +322,6 @@ def _start(arguments: dict[str, Any]) -> Any:
         ModelRegistry.register_model(CANVAS_ARCHITECTURE, PoetForCanvas)
         ModelRegistry.register_model(UPSAMPLER_ARCHITECTURE, PoetUpsampler)
         register()
-        overrides = arguments.pop("hf_overrides", {}) | {PROMPT_LENGTHS_KEY: 1}
         if arguments.get("runner") != "pooling":
             arguments["logits_processors"] = [
                 GuidanceLogitsProcessor,
@@ -332,7 +330,6 @@ def _start(arguments: dict[str, Any]) -> Any:
             ]  # in this order
         engine_arguments = EngineArgs(
             **arguments,
-            hf_overrides=overrides,
             scheduler_cls=PairScheduler,
             disable_log_stats=True,
             use_tqdm_on_load=False,

@@ -176,6 +176,7 @@ class JobStore:
         *,
         files: Mapping[str, bytes] | None = None,
         idempotency_key: str | None = None,
+        asked: Mapping[str, Any] | None = None,
     ) -> tuple[Job, bool]:
         """Accept a job; when this returns it is stored.
 
@@ -184,6 +185,7 @@ class JobStore:
             body: what is asked for, plain values.
             files: that belong to it, by plain names.
             idempotency_key: the caller's own name for the request: a second one gets the job of the first.
+            asked: by what two requests of one key are told to be the same; None: by their bodies.
 
         Returns:
             The job, and whether it is new.
@@ -191,7 +193,7 @@ class JobStore:
         Raises:
             JobError: the key was used for another request, or the store cannot be written.
         """
-        digest = _digest(body, files)
+        digest = _digest(body if asked is None else asked, files)
         if idempotency_key is not None and (known := self._of_key(owner, idempotency_key, digest)) is not None:
             return known, False
         name = f"video_{secrets.token_hex(20)}"
@@ -329,6 +331,15 @@ class JobStore:
         expires = None if lasts is None else self._clock() + lasts
         values = {"error": {"code": code, "message": message}, "expires_at": expires}
         return self._end(id, JobStatus.FAILED, values)
+
+    def release(self, id: str) -> bool:
+        """Give back a job that could not be done for no fault of its own: it waits again, as if never begun."""
+        with self._session(writes=True) as session:
+            running = (_Row.id == id) & (_Row.status == JobStatus.IN_PROGRESS)
+            changed = session.execute(
+                update(_Row).where(running).values(status=JobStatus.QUEUED, progress=0, attempts=_Row.attempts - 1)
+            )
+            return bool(changed.rowcount)  # type: ignore[attr-defined]
 
     def delete(self, id: str, owner: str | None = None) -> Job:
         """Remove a job and its files; returns it as it stood.

@@ -5,12 +5,30 @@ starts, sometimes more than once. The model is named by a string, so that regist
 nor this package's.
 """
 
+import multiprocessing
+import os
+import signal
+import threading
+import time
+
 from transformers import AutoConfig
 
 from poet.model.huggingface import PoetHuggingFaceConfig, PoetUpsamplerConfig
 from poet.model.superresolution import UPSAMPLER_ARCHITECTURE
 
-__all__ = ["ARCHITECTURE", "CANVAS_ARCHITECTURE", "MODEL_CLASSES", "UPSAMPLER_ARCHITECTURE", "register"]
+__all__ = [
+    "ARCHITECTURE",
+    "CANVAS_ARCHITECTURE",
+    "END_WITH_PARENT",
+    "MODEL_CLASSES",
+    "UPSAMPLER_ARCHITECTURE",
+    "register",
+]
+
+END_WITH_PARENT = "POET_END_WITH_PARENT"
+"""Environment variable: where it is set, the processes that vLLM starts end when whoever started them is gone."""
+
+_WATCH_EVERY = 0.5  # seconds
 
 ARCHITECTURE = "PoetForCausalLM"
 CANVAS_ARCHITECTURE = "PoetForCanvas"
@@ -23,6 +41,7 @@ MODEL_CLASSES = {
 
 def register() -> None:
     """Register Poet's configurations with transformers and its models with vLLM; twice does no harm."""
+    _end_with_parent()
     from vllm import ModelRegistry  # here, not above: this module is also imported where vLLM is not installed
 
     for config in (PoetHuggingFaceConfig, PoetUpsamplerConfig):
@@ -30,3 +49,19 @@ def register() -> None:
     for architecture, model_class in MODEL_CLASSES.items():
         if architecture not in ModelRegistry.get_supported_archs():
             ModelRegistry.register_model(architecture, model_class)
+
+
+def _end_with_parent() -> None:
+    """Watch from a thread whether the parent is there: one that was killed cannot end the processes of vLLM."""
+    if END_WITH_PARENT not in os.environ or multiprocessing.parent_process() is None:
+        return
+    if any(thread.name == END_WITH_PARENT for thread in threading.enumerate()):
+        return
+    parent = os.getppid()
+
+    def watch() -> None:
+        while os.getppid() == parent:
+            time.sleep(_WATCH_EVERY)
+        os.kill(os.getpid(), signal.SIGKILL)
+
+    threading.Thread(target=watch, name=END_WITH_PARENT, daemon=True).start()

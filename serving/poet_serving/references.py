@@ -15,9 +15,9 @@ from pathlib import Path
 from typing import Final
 
 from poet.generation.given import GivenFiles
-from poet_serving.schema import RequestError, VideoBody
+from poet_serving.schema import InputReference, RequestError, VideoBody
 
-__all__ = ["reference_files"]
+__all__ = ["data_url_content", "reference_files"]
 
 _DATA_URL: Final = re.compile(r"data:(image|video|audio)/[\w.+-]{1,80};base64,(.*)", re.DOTALL)
 _SUFFIXES: Final = {
@@ -48,19 +48,38 @@ def reference_files(body: VideoBody, base: Path | None = None) -> Iterator[Given
         kind = _SUFFIXES.get(path.suffix.lower(), "video")
         yield GivenFiles(**{kind: path})
         return
+    found, content = _decode(reference)
+    with tempfile.NamedTemporaryFile(prefix="poet-") as file:
+        file.write(content)
+        file.flush()
+        yield GivenFiles(**{found: Path(file.name)})
+
+
+def data_url_content(reference: InputReference) -> bytes:
+    """What a data URL holds.
+
+    Args:
+        reference: of a request that came over a network, so a path is refused.
+
+    Raises:
+        RequestError: it is no data URL, or holds no base64.
+    """
+    if reference.path is not None:
+        raise _bad("a path is for files of a batch on this machine; send a data URL or upload the file.")
+    return _decode(reference)[1]
+
+
+def _decode(reference: InputReference) -> tuple[str, bytes]:
+    """The kind that a data URL claims to be, and its bytes."""
     if reference.file_id is not None:
         raise _bad("file_id names an uploaded file, of which there are none here.")
     found = _DATA_URL.fullmatch(reference.image_url or "")
     if found is None:
         raise _bad('image_url must be a data URL such as "data:image/png;base64,...": no other address is fetched.')
     try:
-        content = base64.b64decode(found[2], validate=True)
+        return found[1], base64.b64decode(found[2], validate=True)
     except (binascii.Error, ValueError) as error:
         raise _bad("image_url must hold base64, it does not.") from error
-    with tempfile.NamedTemporaryFile(prefix="poet-") as file:
-        file.write(content)
-        file.flush()
-        yield GivenFiles(**{found[1]: Path(file.name)})
 
 
 def _bad(message: str) -> RequestError:

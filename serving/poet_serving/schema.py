@@ -6,6 +6,7 @@ requests; it does not know HTTP, jobs, or files but those that a reference has b
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import Annotated, Any, Literal
 
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator
@@ -18,9 +19,18 @@ from poet.generation.maskgit import Schedule
 from poet.generation.pipeline import ClipRequest
 from poet.generation.sampling import SamplingConfig
 from poet.generation.upsample import Upsampling
+from poet.media import Clip
 from poet.tasks import TASKS, get_task
 
-__all__ = ["InputReference", "RequestError", "VideoBody", "error_body", "to_clip_request"]
+__all__ = [
+    "InputReference",
+    "RequestError",
+    "VideoBody",
+    "build_request",
+    "check_model",
+    "error_body",
+    "to_clip_request",
+]
 
 MAX_PROMPT = 32_768
 _SECONDS_SLACK = 0.5  # a clip of 2.125 seconds answers to "2"
@@ -156,8 +166,22 @@ def to_clip_request(body: VideoBody, bundle: Bundle, files: GivenFiles, names: t
         RequestError: the model, task, size or length is another than the bundle has, or options do not go together.
         MediaError: a file cannot be read.
     """
-    defaults = bundle.generation_config
-    known = (bundle.path.name, *names)
+    check_model(body, (bundle.path.name, *names))
+    has_text = body.prompt is not None
+    name = body.task or files.guess_task(has_text=has_text, default=bundle.generation_config.task)
+    try:
+        clip = files.read(bundle, get_task(name), has_text=has_text)
+    except ConfigError as error:
+        raise RequestError(str(error), code="invalid_value") from error
+    return build_request(body, bundle, name, clip)
+
+
+def check_model(body: VideoBody, known: Sequence[str]) -> None:
+    """Raise unless a body asks for one of the models that there are.
+
+    Raises:
+        RequestError: it asks for another.
+    """
     if body.model is not None and body.model not in known:
         raise RequestError(
             f"model must be one of {', '.join(known)}, got {body.model!r}.",
@@ -165,21 +189,33 @@ def to_clip_request(body: VideoBody, bundle: Bundle, files: GivenFiles, names: t
             param="model",
             status=404,
         )
+
+
+def build_request(body: VideoBody, bundle: Bundle, task: str, clip: Clip | None) -> ClipRequest:
+    """What a body means whose reference has been read.
+
+    Args:
+        body: a checked one.
+        bundle: gives defaults and what it was trained on.
+        task: name of its task.
+        clip: what its input_reference holds, at the bundle's size and rate.
+
+    Raises:
+        RequestError: the task, size or length is another than the bundle has, or options do not go together.
+    """
+    defaults = bundle.generation_config
     _check_seconds(body, bundle)
     upsampling = _upsampling(body, bundle)
-    has_text = body.prompt is not None
-    name = body.task or files.guess_task(has_text=has_text, default=defaults.task)
-    task = get_task(name)
     sampling = {key: value for key in _SAMPLING if (value := getattr(body, key)) is not None}
     usual = {key: getattr(defaults, key) for key in ("temperature", "top_k", "top_p", "guidance_scale")}
     try:
-        bundle.check_trained(name)
+        bundle.check_trained(task)
         if body.decoding == "parallel":
             bundle.check_parallel()
         return ClipRequest(
-            task=name,
+            task=task,
             text=body.prompt,
-            clip=files.read(bundle, task, has_text=has_text),
+            clip=clip,
             negative_text=body.negative_prompt,
             sampling=SamplingConfig(**usual | sampling, seed=body.seed),
             decoding=_parallel(body),

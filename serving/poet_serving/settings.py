@@ -19,10 +19,16 @@ from poet.bundle import Bundle
 from poet.errors import CheckpointError, ConfigError
 from poet.model.config import PoetConfig
 
-__all__ = ["BLOCK_SIZE", "EngineSettings", "set_environment"]
+__all__ = ["BLOCK_SIZE", "PROMPT_LENGTHS_KEY", "EngineSettings", "set_environment"]
 
 BLOCK_SIZE: Final = 128
 """Ids in one page of the cache; the CPU kernels want a multiple of 32."""
+
+PROMPT_LENGTHS_KEY: Final = "rswa_window"
+"""The configuration key (any value but None) that makes vLLM 0.32 tell attention how long each prompt is.
+
+It belongs to reference sliding-window attention, which the CPU backend does not implement, so nothing else listens.
+"""
 
 SMALL_MODEL: Final = 50_000_000
 """Parameters. Below, a step's kernels are so short that waking threads for each costs more than they save, and on a
@@ -136,7 +142,7 @@ class EngineSettings:
             | NO_CACHE
             | {
                 "max_num_batched_tokens": max(2, self.max_num_seqs) * self.config.scene_length,
-                "hf_overrides": {"architectures": [CANVAS_ARCHITECTURE]},
+                "hf_overrides": {PROMPT_LENGTHS_KEY: 1, "architectures": [CANVAS_ARCHITECTURE]},
             }
         )
 
@@ -157,6 +163,7 @@ class EngineSettings:
             "max_num_seqs": self.max_num_seqs,
             "max_model_len": self.config.scene_length,
             "enforce_eager": True,
+            "hf_overrides": {PROMPT_LENGTHS_KEY: 1},
             "enable_prefix_caching": False,
             "enable_chunked_prefill": False,
             "async_scheduling": False,

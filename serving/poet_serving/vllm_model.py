@@ -26,7 +26,8 @@ from vllm.model_executor.models.qwen3 import Qwen3Attention, Qwen3DecoderLayer, 
 from vllm.model_executor.models.utils import PPMissingLayer, maybe_prefix
 
 from poet.errors import ConfigError
-from poet_serving.attention import PROMPT_LENGTHS_KEY, PrefixAttention, is_compiled
+from poet_serving.attention import PrefixAttention, is_compiled
+from poet_serving.settings import PROMPT_LENGTHS_KEY
 
 __all__ = [
     "BidirectionalDecoderLayer",

@@ -279,6 +279,17 @@ def test_an_upsampler_goes_along(copy, tmp_path):
     assert (made.upsampler / "config.json").read_text() == "{}"
 
 
+def test_phrases_go_along_and_change_no_fingerprint(copy, tmp_path):
+    before = Bundle.open(copy)
+    assert before.phrases_file is None
+    assert export(before, tmp_path / "without").phrases_file is None
+    (copy / "phrases.json").write_text('{"phrases": []}')
+    made = export(Bundle.open(copy), tmp_path / "made")
+    assert made.phrases_file == tmp_path / "made" / "phrases.json"
+    assert made.phrases_file.read_text() == '{"phrases": []}'
+    assert (made.fingerprint, before.weights_sha256) == (before.fingerprint, Bundle.open(copy).weights_sha256)
+
+
 def test_a_failure_while_the_weights_are_written_leaves_nothing_behind(whole, tmp_path):
     def interrupted(path: Path) -> None:
         path.write_bytes(b"half")

@@ -1,0 +1,110 @@
+"""Bodies as OpenAI's clients send them: JSON, or multipart with files. Knows HTTP; not what the fields mean."""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import re
+from collections.abc import Mapping
+from typing import Any, Final
+
+from starlette.datastructures import UploadFile
+from starlette.formparsers import MultiPartException
+from starlette.requests import Request
+
+from poet_serving.schema import RequestError
+
+__all__ = ["Form", "read_form"]
+
+MAX_FIELDS: Final = 64
+MAX_FILES: Final = 2
+MAX_FIELD: Final = 2**20  # bytes of a field that is no file
+_NESTED: Final = re.compile(r"(\w+)\[(\w*)\]")
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Form:
+    """A body that was read.
+
+    Attributes:
+        fields: plain values; of a multipart body texts, nested where a name says so (`video[id]`).
+        files: contents by field.
+    """
+
+    fields: Mapping[str, Any]
+    files: Mapping[str, bytes]
+
+    def field(self, name: str, kind: type, *, required: bool = False) -> Any:
+        """A field's value, or None where it is not there.
+
+        Raises:
+            RequestError: it is missing, or of another kind.
+        """
+        value = self.fields.get(name)
+        if value is None and not required:
+            return None
+        if kind is float and isinstance(value, int | str) and not isinstance(value, bool):
+            try:
+                value = float(value)
+            except ValueError:
+                value = None
+        if not isinstance(value, kind) or (kind is float and value != value):
+            known = {str: "a text", float: "a number", dict: "an object"}[kind]
+            raise RequestError(f"{name} must be {known}.", code="invalid_value", param=name)
+        return value
+
+
+async def read_form(request: Request) -> Form:
+    """Read a request's body.
+
+    Raises:
+        RequestError: it is neither JSON nor multipart, or not well formed.
+    """
+    kind = request.headers.get("content-type", "").partition(";")[0].strip().lower()
+    if kind == "multipart/form-data":
+        return await _read_multipart(request)
+    if kind in ("application/json", ""):
+        try:
+            value = json.loads(await request.body() or b"null", parse_constant=_no_constant)
+        except (ValueError, RecursionError) as error:
+            raise RequestError(f"the body must be JSON: {error}", code="invalid_json") from error
+        if not isinstance(value, dict):
+            raise RequestError("the body must be a JSON object.", code="invalid_json")
+        return Form(fields=value, files={})
+    raise RequestError(
+        f"the body must be application/json or multipart/form-data, got {kind[:100]!r}.",
+        code="unsupported_media_type",
+        status=415,
+    )
+
+
+def _no_constant(name: str) -> Any:
+    raise ValueError(f"{name} is no JSON")
+
+
+async def _read_multipart(request: Request) -> Form:
+    try:
+        form = await request.form(max_files=MAX_FILES, max_fields=MAX_FIELDS, max_part_size=MAX_FIELD)
+    except (MultiPartException, KeyError, ValueError) as error:  # the last two: a boundary that is none
+        message = getattr(error, "message", str(error))
+        raise RequestError(f"the body must be multipart/form-data: {message}", code="invalid_multipart") from error
+    try:
+        fields: dict[str, Any] = {}
+        files: dict[str, bytes] = {}
+        for name, value in form.multi_items():
+            if name in fields or name in files:
+                raise RequestError(f"{name[:100]} must be there once.", code="invalid_value", param=name[:100])
+            if isinstance(value, UploadFile):
+                files[name] = await value.read()
+                continue
+            nested = _NESTED.fullmatch(name)
+            if nested is None:
+                fields[name] = value
+            else:
+                inner = fields.setdefault(nested[1], {})
+                if not isinstance(inner, dict):
+                    raise RequestError(f"{nested[1]} must be one value or an object.", code="invalid_value")
+                inner[nested[2]] = value
+    finally:
+        await form.close()
+    return Form(fields=fields, files=files)

@@ -1,0 +1,88 @@
+"""Starting vLLM's server with Poet's engine and endpoint. Knows vLLM's command line; not what the routes do."""
+
+from __future__ import annotations
+
+import asyncio
+import os
+from typing import Any, Final
+
+from poet.bundle import Bundle
+from poet.errors import ConfigError
+from poet_serving.api.guard import ApiKeys
+from poet_serving.api.options import ServeOptions
+from poet_serving.plugin import END_WITH_PARENT
+from poet_serving.settings import EngineSettings, set_environment
+
+__all__ = ["ENGINE_CLASSES", "serve"]
+
+ENGINE_CLASSES: Final[dict[str, Any]] = {
+    "scheduler_cls": "poet_serving.scheduler.PairScheduler",
+    # By its full name, because vLLM takes a plain "uni" for "mp" on CPUs, so that it can set OpenMP's environment for a
+    # process of its own; we set that before, and save the process.
+    "distributed_executor_backend": "vllm.v1.executor.uniproc_executor.UniProcExecutor",
+}
+"""Of every engine, by name: another process imports them."""
+
+PROCESSORS: Final = [  # in this order
+    "poet_serving.guidance:GuidanceLogitsProcessor",
+    "poet_serving.repetition:RepetitionLogitsProcessor",
+    "poet_serving.grammar:GrammarLogitsProcessor",
+]
+
+
+def serve(options: ServeOptions) -> None:
+    """Serve until the process is told to end.
+
+    Args:
+        options: how.
+
+    Raises:
+        CheckpointError: the bundle cannot be used.
+        ConfigError: the keys cannot be read, the address is taken, or vLLM is not installed.
+        JobError: the store of jobs cannot be used.
+    """
+    ApiKeys.read(options.keys)  # what is wrong is said now, not half a minute later
+    Bundle.open(options.bundle_dir)
+    settings = EngineSettings.of_bundle(options.bundle_dir, dtype=options.dtype, max_num_seqs=options.max_num_seqs)
+    options.data.mkdir(parents=True, exist_ok=True)
+    set_environment()
+    os.environ["VLLM_PLUGINS"] = "poet,poet_api"
+    os.environ[END_WITH_PARENT] = "1"
+    os.environ.setdefault("VLLM_USE_V2_MODEL_RUNNER", "0")
+    os.environ.setdefault("VLLM_CPU_OMP_THREADS_BIND", "nobind")
+    os.environ.setdefault("VLLM_WORKER_MULTIPROC_METHOD", "spawn")
+    if settings.num_threads_in_turn is not None:
+        os.environ["OMP_NUM_THREADS"] = str(settings.num_threads_in_turn)
+    try:
+        import uvloop
+        from vllm.entrypoints.launchers.api_server.entry import run_server
+        from vllm.entrypoints.launchers.cli_args import make_arg_parser
+        from vllm.utils.argparse_utils import FlexibleArgumentParser
+    except ImportError as error:
+        raise ConfigError(f"poet serve needs vLLM ({error}). Install openpoet[serve].") from error
+    from poet_serving.plugin import register
+
+    register()
+    arguments = make_arg_parser(FlexibleArgumentParser()).parse_args([])
+    vars(arguments).update(
+        settings.causal()
+        | ENGINE_CLASSES
+        | {
+            "logits_processors": PROCESSORS,
+            "served_model_name": [options.name],
+            "host": options.host,
+            "port": options.port,
+            "allowed_origins": [],
+            "disable_fastapi_docs": True,  # Poet's own application has its own
+            "disable_uvicorn_access_log": True,
+            "uvicorn_log_level": "warning",
+            "use_tqdm_on_load": False,
+            "poet": options,
+            "poet_settings": settings,
+        }
+    )
+    try:
+        with asyncio.Runner(loop_factory=uvloop.new_event_loop) as runner:
+            runner.run(run_server(arguments))
+    except OSError as error:
+        raise ConfigError(f"cannot listen on {options.host}:{options.port}: {error.strerror}.") from error

@@ -1,0 +1,99 @@
+"""What a job is asked for, as it stands in the store: a checked body with its seed, and the clip that goes with it.
+
+A clip that was uploaded has been decoded before it is accepted and is kept as plain arrays, so nothing that a stranger
+sent is opened a second time. This module knows bodies and arrays; it does not know HTTP, the store or engines.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import io
+from collections.abc import Mapping
+from typing import Any, Final, Self
+
+import numpy as np
+
+from poet.bundle import Bundle
+from poet.errors import CheckpointError
+from poet.generation.pipeline import ClipRequest
+from poet.media import Clip
+from poet_serving.schema import VideoBody, build_request
+
+__all__ = ["REFERENCE", "Order", "pack_clip", "unpack_clip"]
+
+REFERENCE: Final = "reference.npz"
+"""Name of the file that holds the clip of an order."""
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Order:
+    """One clip, or text, to write.
+
+    Attributes:
+        body: of the request, with its seed.
+        task: its task's name.
+        model: what it was asked of: the bundle's name or an adapter's.
+        remixed_from: id of the video that it was made from, or None.
+        extend_by: seconds to go on for behind the given clip; None: as far as the model goes at once.
+    """
+
+    body: VideoBody
+    task: str
+    model: str
+    remixed_from: str | None = None
+    extend_by: float | None = None
+
+    def to_dict(self) -> dict[str, Any]:
+        """Plain values, for the store."""
+        return {
+            "body": self.body.model_dump(mode="json", exclude_none=True, exclude={"input_reference"}),
+            "task": self.task,
+            "model": self.model,
+            "remixed_from": self.remixed_from,
+            "extend_by": self.extend_by,
+        }
+
+    @classmethod
+    def from_dict(cls, values: Mapping[str, Any]) -> Self:
+        """Inverse of `to_dict`.
+
+        Raises:
+            RequestError: the body is of another version of the server.
+        """
+        return cls(**dict(values) | {"body": VideoBody.parse(values["body"])})
+
+    def to_request(self, bundle: Bundle, clip: Clip | None) -> ClipRequest:
+        """What it means to the pipeline.
+
+        Raises:
+            RequestError: the bundle cannot do it.
+        """
+        return build_request(self.body, bundle, self.task, clip)
+
+
+def pack_clip(clip: Clip) -> bytes:
+    """A clip's arrays as bytes."""
+    parts = {"rates": np.array([float(clip.fps), float(clip.sample_rate)])}
+    if clip.frames is not None:
+        parts["frames"] = clip.frames
+    if clip.samples is not None:
+        parts["samples"] = clip.samples
+    file = io.BytesIO()
+    np.savez(file, allow_pickle=False, **parts)
+    return file.getvalue()
+
+
+def unpack_clip(content: bytes) -> Clip:
+    """Inverse of `pack_clip`.
+
+    Raises:
+        CheckpointError: the bytes are damaged.
+    """
+    try:
+        with np.load(io.BytesIO(content), allow_pickle=False) as parts:
+            fps, sample_rate = parts["rates"].tolist()
+            frames = parts.get("frames")
+            samples = parts.get("samples")
+    except (ValueError, KeyError, OSError, EOFError) as error:
+        raise CheckpointError(f"the stored clip is damaged: {error}") from error
+    return Clip(frames=frames, fps=fps, samples=samples, sample_rate=int(sample_rate))
