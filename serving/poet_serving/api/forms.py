@@ -9,7 +9,7 @@ from collections.abc import Mapping
 from typing import Any, Final
 
 from starlette.datastructures import UploadFile
-from starlette.formparsers import MultiPartException
+from starlette.exceptions import HTTPException
 from starlette.requests import Request
 
 from poet_serving.schema import RequestError
@@ -85,8 +85,8 @@ def _no_constant(name: str) -> Any:
 async def _read_multipart(request: Request) -> Form:
     try:
         form = await request.form(max_files=MAX_FILES, max_fields=MAX_FIELDS, max_part_size=MAX_FIELD)
-    except (MultiPartException, KeyError, ValueError) as error:  # the last two: a boundary that is none
-        message = getattr(error, "message", str(error))
+    except (HTTPException, KeyError, ValueError) as error:  # the last two: a boundary that is none
+        message = getattr(error, "detail", str(error))
         raise RequestError(f"the body must be multipart/form-data: {message}", code="invalid_multipart") from error
     try:
         fields: dict[str, Any] = {}

@@ -12,7 +12,7 @@ from poet_serving.api.objects import DeletedObject, ErrorBody, VideoList, VideoO
 from poet_serving.api.service import Service
 from poet_serving.schema import RequestError, VideoBody
 
-__all__ = ["ERRORS", "IdempotencyKey", "MediaResponse", "owner_of", "router", "service_of"]
+__all__ = ["ERRORS", "IdempotencyKey", "owner_of", "router", "service_of"]
 
 router = APIRouter(prefix="/v1/videos", tags=["videos"])
 
@@ -76,6 +76,7 @@ def _create_schema() -> dict[str, Any]:
     definitions = schema.pop("$defs", {})
     reference = definitions.get("InputReference", {})
     reference["properties"].pop("path", None)  # of batches on this machine
+    reference["description"] = "A data URL, or an uploaded file."
     schema["properties"]["input_reference"] = {"anyOf": [reference, {"type": "null"}]}
     return schema
 
@@ -90,12 +91,6 @@ def owner_of(request: Request) -> str:
     """On whose behalf a request is; set by the guard."""
     owner: str = request.state.owner
     return owner
-
-
-class MediaResponse(Response):
-    """A clip, picture or sound; only for OpenAPI."""
-
-    media_type = "video/mp4"
 
 
 @router.post(
@@ -197,7 +192,7 @@ async def delete(request: Request, video_id: str) -> DeletedObject:
 @router.get(
     "/{video_id}/content",
     responses=ERRORS | {200: {"content": {"video/mp4": {}, "image/png": {}, "audio/wav": {}}}},
-    response_class=MediaResponse,
+    response_class=FileResponse,
     summary="Download a video",
 )
 async def content(
