@@ -49,8 +49,8 @@ format: $(READY)  ## put every file in the house format
 	$(BIN)/ruff format .
 	$(BIN)/ruff check --fix .
 
-serve:  ## serve the shipped model over HTTP: not there yet (ROADMAP.md)
-	@echo "poet serve is not there yet; ROADMAP.md says when it comes."; exit 1
+serve: $(READY)  ## serve the shipped model over HTTP, with a page to chat with, at http://127.0.0.1:8000
+	$(BIN)/poet serve
 
 bench: $(READY)  ## measure this machine
 	PATH="$(abspath $(BIN)):$$PATH" bash recipes/benchmarks/run.sh

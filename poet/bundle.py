@@ -1,4 +1,4 @@
-"""A bundle: the directory with everything needed to generate (SPEC, section 8), opened, checked and written.
+"""A bundle: the directory with everything needed to generate (SPEC, section 8). It is written by `poet.bundle_writing`.
 
     config.json  model.safetensors  generation_config.json  vocabulary.json
     video_tokenizer/  audio_tokenizer/  text_tokenizer/  [upsampler/]  [phrases.json]  [README.md]
@@ -10,14 +10,11 @@ imports no torch until a tokenizer is asked for.
 
 from __future__ import annotations
 
-import contextlib
 import dataclasses
 import hashlib
 import json
 import math
-import shutil
-import uuid
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Mapping
 from functools import cached_property
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Final
@@ -37,9 +34,7 @@ __all__ = [
     "Bundle",
     "GenerationDefaults",
     "check_fingerprint",
-    "create_tokenizer_bundle",
     "default_bundle",
-    "export_bundle",
 ]
 
 CONFIG_FILE: Final = "config.json"
@@ -52,7 +47,7 @@ UPSAMPLER_DIRECTORY: Final = "upsampler"
 FINGERPRINT_KEY: Final = "poet_fingerprint"
 TRAINED_TASKS_KEY: Final = "trained_tasks"
 TRAINED_PARALLEL_KEY: Final = "trained_parallel"
-_TOKENIZER_KINDS: Final = ("video", "audio", "text")
+TOKENIZER_KINDS: Final = ("video", "audio", "text")
 
 
 def default_bundle() -> Path:
@@ -172,7 +167,7 @@ class Bundle:
             raise CheckpointError(f"there is no bundle at {path}. Name a directory that holds {VOCABULARY_FILE}.")
         has_model = (path / CONFIG_FILE).is_file() or _weights_of(path) is not None
         missing = [name for name in (VOCABULARY_FILE, GENERATION_FILE) if not (path / name).is_file()]
-        missing += [f"{kind}_tokenizer/" for kind in _TOKENIZER_KINDS if not (path / f"{kind}_tokenizer").is_dir()]
+        missing += [f"{kind}_tokenizer/" for kind in TOKENIZER_KINDS if not (path / f"{kind}_tokenizer").is_dir()]
         if require_model or has_model:
             missing += [CONFIG_FILE] if not (path / CONFIG_FILE).is_file() else []
             missing += [WEIGHTS_FILE] if _weights_of(path) is None else []
@@ -189,7 +184,7 @@ class Bundle:
         return bundle
 
     def _check(self) -> None:
-        for kind in _TOKENIZER_KINDS:
+        for kind in TOKENIZER_KINDS:
             self._check_described_tokenizer(kind)
         try:
             self.geometry()
@@ -468,121 +463,6 @@ class Bundle:
                 raise _foreign_tokenizer(self.path / f"{kind}_tokenizer", key, spec[key], expected)
 
 
-def create_tokenizer_bundle(
-    directory: str | Path,
-    video_directory: str | Path,
-    audio_directory: str | Path,
-    text_directory: str | Path,
-    resolutions: Iterable[tuple[int, int]],
-    defaults: GenerationDefaults,
-    *,
-    overwrite: bool = False,
-) -> Bundle:
-    """Make a tokenizer bundle from three tokenizers: they are copied, and the vocabulary is made from their specs.
-
-    Args:
-        directory: where the bundle will be.
-        video_directory: as the video tokenizer's `save` wrote it.
-        audio_directory: as the audio tokenizer's `save` wrote it.
-        text_directory: as the text tokenizer's `save` wrote it.
-        resolutions: (height, width) in pixels; the default one must be among them.
-        defaults: for generation_config.json.
-        overwrite: replace a bundle that is there already.
-
-    Raises:
-        CheckpointError: a tokenizer cannot be loaded, the defaults do not fit, or the directory exists.
-        VocabularyError: the resolutions cannot be used.
-    """
-    from poet_tokenizers.loading import load_audio_tokenizer, load_text_tokenizer, load_video_tokenizer
-
-    sources = {"video": Path(video_directory), "audio": Path(audio_directory), "text": Path(text_directory)}
-    vocabulary = Vocabulary.from_specs(
-        load_video_tokenizer(sources["video"]).spec,
-        load_audio_tokenizer(sources["audio"]).spec,
-        load_text_tokenizer(sources["text"]).spec,
-        resolutions,
-    )
-    with _appearing_whole(Path(directory), overwrite) as unfinished:
-        for kind, source in sources.items():
-            shutil.copytree(source, unfinished / f"{kind}_tokenizer")
-        vocabulary.save(unfinished / VOCABULARY_FILE)
-        _write_object(unfinished / GENERATION_FILE, dataclasses.asdict(defaults))
-        Bundle.open(unfinished, require_model=False)
-    return Bundle.open(directory, require_model=False)
-
-
-def export_bundle(
-    directory: str | Path,
-    source: Bundle,
-    config: Mapping[str, Any],
-    write_weights: Callable[[Path], None],
-    model_card: str | None = None,
-    *,
-    overwrite: bool = False,
-) -> Bundle:
-    """Assemble a complete bundle: a model together with the vocabulary, defaults and tokenizers of another bundle.
-
-    The other bundle's upsampler and phrases go along, where it has them.
-
-    It is assembled in a hidden directory beside and then renamed, so that whatever stops it never leaves half of one.
-
-    Args:
-        directory: where the bundle will be.
-        source: the bundle that the model was trained with, usually a tokenizer bundle.
-        config: for config.json; `poet_fingerprint` is added, or compared where it is there.
-        write_weights: called with the path of the model.safetensors that it has to write.
-        model_card: for README.md.
-        overwrite: replace a bundle that is there already.
-
-    Raises:
-        CheckpointError: the config belongs to another vocabulary, the weights were not written, or the directory
-            exists.
-    """
-    content = {FINGERPRINT_KEY: source.fingerprint, **config}
-    check_fingerprint(
-        str(content[FINGERPRINT_KEY]),
-        source.fingerprint,
-        "the model to export",
-        f"Export it with the bundle that it was trained with, not with {source.path}.",
-    )
-    with _appearing_whole(Path(directory), overwrite) as unfinished:
-        for kind in _TOKENIZER_KINDS:
-            shutil.copytree(source.path / f"{kind}_tokenizer", unfinished / f"{kind}_tokenizer")
-        if source.upsampler is not None:
-            shutil.copytree(source.upsampler, unfinished / UPSAMPLER_DIRECTORY)
-        if source.phrases_file is not None:
-            shutil.copyfile(source.phrases_file, unfinished / PHRASES_FILE)
-        source.vocabulary.save(unfinished / VOCABULARY_FILE)
-        _write_object(unfinished / GENERATION_FILE, dataclasses.asdict(source.generation_config))
-        _write_object(unfinished / CONFIG_FILE, content)
-        if model_card is not None:
-            (unfinished / MODEL_CARD_FILE).write_text(model_card, encoding="utf-8")
-        write_weights(unfinished / WEIGHTS_FILE)
-        Bundle.open(unfinished)
-    return Bundle.open(directory)
-
-
-@contextlib.contextmanager
-def _appearing_whole(directory: Path, overwrite: bool) -> Iterator[Path]:
-    """An empty directory beside `directory` that takes its place at the end, or vanishes after an error."""
-    if directory.exists() and not overwrite:
-        raise CheckpointError(f"{directory} exists already. Name another directory, or ask to overwrite it.")
-    mark = uuid.uuid4().hex[:8]
-    unfinished = directory.parent / f".{directory.name}.{mark}.unfinished"
-    replaced = directory.parent / f".{directory.name}.{mark}.replaced"
-    unfinished.mkdir(parents=True)
-    try:
-        yield unfinished
-        if directory.exists():
-            directory.rename(replaced)
-        unfinished.rename(directory)
-    finally:
-        if replaced.exists() and not directory.exists():
-            replaced.rename(directory)
-        shutil.rmtree(unfinished, ignore_errors=True)
-        shutil.rmtree(replaced, ignore_errors=True)
-
-
 def _weights_of(path: Path) -> Path | None:
     """The weights' file, or the index that Hugging Face writes beside weights in several files."""
     candidates = (path / WEIGHTS_FILE, path / f"{WEIGHTS_FILE}.index.json")
@@ -599,10 +479,6 @@ def _read_object(file: Path) -> dict[str, Any]:
     if not isinstance(content, dict):
         raise CheckpointError(f"{file} must hold a JSON object, it holds a {type(content).__name__}.")
     return content
-
-
-def _write_object(file: Path, content: Mapping[str, Any]) -> None:
-    file.write_text(json.dumps(dict(content), indent=2) + "\n", encoding="utf-8")
 
 
 def _foreign_tokenizer(directory: Path, key: str, found: object, expected: object) -> CheckpointError:

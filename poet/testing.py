@@ -20,7 +20,8 @@ from typing import TYPE_CHECKING, Any, Final
 
 import numpy as np
 
-from poet.bundle import Bundle, GenerationDefaults, create_tokenizer_bundle, export_bundle
+from poet.bundle import Bundle, GenerationDefaults
+from poet.bundle_writing import create_tokenizer_bundle, export_bundle
 from poet.model.config import PoetConfig
 from poet.sequence import Scene
 from poet.tasks import ClipGeometry, ClipParts, Task, get_task

@@ -15,7 +15,8 @@ import yaml
 from safetensors.torch import save_file
 from torch import Tensor
 
-from poet.bundle import TRAINED_PARALLEL_KEY, TRAINED_TASKS_KEY, Bundle, check_fingerprint, export_bundle
+from poet.bundle import TRAINED_PARALLEL_KEY, TRAINED_TASKS_KEY, Bundle, check_fingerprint
+from poet.bundle_writing import export_bundle
 from poet.errors import CheckpointError, ConfigError
 from poet.model.attention import SceneLayout
 from poet.model.config import PoetConfig

@@ -18,7 +18,8 @@ import torch
 from safetensors.torch import save_file
 from torch import Tensor, nn
 
-from poet.bundle import TRAINED_PARALLEL_KEY, TRAINED_TASKS_KEY, Bundle, export_bundle
+from poet.bundle import TRAINED_PARALLEL_KEY, TRAINED_TASKS_KEY, Bundle
+from poet.bundle_writing import export_bundle
 from poet.data.loader import Batch, SceneLoader
 from poet.data.packing import DEFAULT_MASKS, MODALITIES, SceneSampler
 from poet.data.shards import open_shards

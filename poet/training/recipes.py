@@ -18,7 +18,8 @@ import torch
 import yaml
 from numpy.typing import NDArray
 
-from poet.bundle import Bundle, GenerationDefaults, create_tokenizer_bundle
+from poet.bundle import Bundle, GenerationDefaults
+from poet.bundle_writing import create_tokenizer_bundle
 from poet.data.clips import ClipSource, open_source
 from poet.errors import CheckpointError, ConfigError, PoetError
 from poet.model.device import parse_device

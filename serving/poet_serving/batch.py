@@ -3,7 +3,7 @@
 A result is one line of `results.jsonl`, written after its media file has its name, so whatever a line names is whole.
 A line that was answered is never carried out again; a line that cannot be carried out is answered with its error and
 stops nothing. Results come in the order in which they are finished. This module knows files and lines; what a body
-means is `poet_serving.schema`'s business.
+means is `poet_serving.schema`'s business, and how lines are spread over machines that of `poet_serving.ray_batch`.
 """
 
 from __future__ import annotations
@@ -14,6 +14,7 @@ import hashlib
 import itertools
 import json
 import os
+import secrets
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
@@ -27,7 +28,18 @@ from poet.tasks import get_task
 from poet_serving.references import reference_files
 from poet_serving.schema import RequestError, VideoBody, to_clip_request
 
-__all__ = ["BatchLine", "BatchSummary", "read_lines", "run_batch"]
+__all__ = [
+    "MAX_LINE",
+    "BatchLine",
+    "BatchSummary",
+    "Book",
+    "look_through",
+    "prepare",
+    "read_lines",
+    "request_error",
+    "result_body",
+    "run_batch",
+]
 
 RESULTS: Final = "results.jsonl"
 MEDIA: Final = "media"
@@ -130,8 +142,8 @@ def run_batch(
         MediaError: the file cannot be read or the directory not be written.
     """
     begun = time.monotonic()
-    book = _Book(output, bundle)
-    decodings, count, known = _look_through(jobs, bundle, book)
+    book = Book(output, bundle)
+    decodings, count, known = look_through(jobs, bundle, book)
     before = len(book.answered)
 
     def tell() -> None:
@@ -146,7 +158,7 @@ def run_batch(
                 tell()
                 continue
             try:
-                clip = _prepare(line, pipeline, jobs.parent)
+                clip = prepare(line, pipeline, jobs.parent)
             except (ConfigError, MediaError, RequestError) as error:
                 book.fail(line, error)
                 tell()
@@ -164,8 +176,22 @@ def run_batch(
     return BatchSummary(completed=book.completed, failed=book.failed, before=before, seconds=seconds)
 
 
-def _look_through(jobs: Path, bundle: Bundle, book: _Book) -> tuple[Sequence[str], int, int]:
-    """What an engine must be started with for what is not answered; how many lines there are, and answered ones."""
+def look_through(jobs: Path, bundle: Bundle, book: Book) -> tuple[Sequence[str], int, int]:
+    """See what there is to do.
+
+    Args:
+        jobs: a file of requests.
+        bundle: the model.
+        book: what is answered.
+
+    Returns:
+        What an engine must be started with for the lines that are not answered (nothing: there are none), how many
+        lines there are, and how many are answered.
+
+    Raises:
+        ConfigError: there is no line, or the answers are to other requests.
+        MediaError: the file cannot be read.
+    """
     count, known, wanted = 0, 0, set[str]()
     own = f"{bundle.generation_config.width}x{bundle.generation_config.height}"
     names: set[str] = set()
@@ -213,7 +239,19 @@ def _bad(number: int, custom_id: str | None, message: str, code: str, param: str
     return BatchLine(number=number, custom_id=custom_id, body={}, error=error)
 
 
-def _prepare(line: BatchLine, pipeline: Pipeline, base: Path) -> PreparedClip:
+def prepare(line: BatchLine, pipeline: Pipeline, base: Path) -> PreparedClip:
+    """What a line asks a pipeline for.
+
+    Args:
+        line: of a file.
+        pipeline: that is going to write the clip.
+        base: directory that the path of an input reference starts from.
+
+    Raises:
+        RequestError: the line is no request, or one that the bundle does not carry out.
+        ConfigError: likewise, found by the pipeline.
+        MediaError: the input reference cannot be read.
+    """
     if line.error is not None:
         raise line.error
     body = VideoBody.parse(line.body)
@@ -221,8 +259,50 @@ def _prepare(line: BatchLine, pipeline: Pipeline, base: Path) -> PreparedClip:
         return pipeline.prepare(to_clip_request(body, pipeline.bundle, files), line.number)
 
 
-class _Book:
+def request_error(error: PoetError) -> RequestError:
+    """An error as a program reads it."""
+    return error if isinstance(error, RequestError) else RequestError(str(error), code="invalid_value")
+
+
+def result_body(digest: str, made: GeneratedClip, model: str) -> dict[str, Any]:
+    """The body of a result, an OpenAI video with Poet's metadata.
+
+    Args:
+        digest: of the line.
+        made: what it became.
+        model: the bundle's name.
+
+    Returns:
+        "file" names the media file, from the directory of the results; it is missing where a text was written.
+    """
+    now = int(time.time())
+    body: dict[str, Any] = {
+        "id": f"video_{digest[:24]}",
+        "object": "video",
+        "model": model,
+        "status": "completed",
+        "progress": 100,
+        "created_at": now,
+        "completed_at": now,
+        "prompt": made.request.text,
+        "metadata": made.metadata,
+    }
+    if made.text is not None:
+        body["text"] = made.text
+    if made.clip is not None:
+        suffix = SUFFIXES.get(get_task(made.request.task).outputs, ".mp4")
+        body |= {"file": f"{MEDIA}/{digest[:24]}{suffix}", "seconds": f"{made.clip.duration:g}"}
+        if made.clip.frames is not None:
+            body["size"] = f"{made.clip.frames.shape[2]}x{made.clip.frames.shape[1]}"
+    return body
+
+
+class Book:
     """The results of a directory: which lines are answered, and new answers.
+
+    Args:
+        directory: made if missing.
+        bundle: whose results they are.
 
     Raises:
         ConfigError: a line of it is no result.
@@ -270,33 +350,43 @@ class _Book:
 
     def complete(self, line: BatchLine, made: GeneratedClip) -> None:
         """Keep a clip: the media file first, then the line that names it."""
-        body: dict[str, Any] = {
-            "id": f"video_{line.digest[:24]}",
-            "object": "video",
-            "model": self.model,
-            "status": "completed",
-            "progress": 100,
-            "created_at": int(time.time()),
-            "completed_at": int(time.time()),
-            "prompt": made.request.text,
-            "metadata": made.metadata,
-        }
-        if made.text is not None:
-            body["text"] = made.text
+        body = result_body(line.digest, made, self.model)
         if made.clip is not None:
-            name = f"{MEDIA}/{line.digest[:24]}{SUFFIXES.get(get_task(made.request.task).outputs, '.mp4')}"
-            write_clip(made.clip, self.directory / name, metadata=made.metadata)
-            body |= {"file": name, "seconds": f"{made.clip.duration:g}"}
-            if made.clip.frames is not None:
-                body["size"] = f"{made.clip.frames.shape[2]}x{made.clip.frames.shape[1]}"
+            write_clip(made.clip, self.directory / body["file"], metadata=made.metadata)
         self._append(line, line.custom_id, 200, body)
 
     def fail(self, line: BatchLine, error: PoetError, custom_id: str | None = None) -> None:
         """Keep why a line was not carried out."""
-        known = error if isinstance(error, RequestError) else RequestError(str(error), code="invalid_value")
+        known = request_error(error)
         self._append(line, custom_id or line.custom_id, known.status, known.body)
 
-    def _append(self, line: BatchLine, custom_id: str | None, status: int, body: Mapping[str, Any]) -> None:
+    def keep(self, line: BatchLine, status: int, body: Mapping[str, Any], media: bytes | None, node: str) -> None:
+        """Keep what another process made of a line.
+
+        Args:
+            line: that was carried out.
+            status: of HTTP.
+            body: `result_body`, or an error's.
+            media: the media file, where the body names one.
+            node: who made it.
+        """
+        if media is not None:
+            part = self.directory / MEDIA / f".poet-{secrets.token_hex(8)}"
+            try:
+                with part.open("wb") as file:
+                    file.write(media)
+                    file.flush()
+                    os.fsync(file.fileno())
+                part.replace(self.directory / body["file"])
+            except OSError as error:
+                raise MediaError(f"{self.directory / body['file']} cannot be written: {error.strerror}.") from error
+            finally:
+                part.unlink(missing_ok=True)
+        self._append(line, line.custom_id, status, body, node=node)
+
+    def _append(
+        self, line: BatchLine, custom_id: str | None, status: int, body: Mapping[str, Any], **more: str
+    ) -> None:
         result = {
             "id": f"batch_req_{line.digest[:24]}",
             "custom_id": custom_id,
@@ -307,6 +397,7 @@ class _Book:
                 "key": line.key,
                 "request_sha256": line.digest,
                 "weights_sha256": self.weights,
+                **more,
             },
         }
         try:

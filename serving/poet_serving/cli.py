@@ -24,7 +24,13 @@ def batch(
     output: Annotated[Path, typer.Option("-o", "--output", help="Directory of the results.")] = Path("batch"),
     model: Annotated[Path | None, typer.Option(help="A bundle; the shipped one when left out.")] = None,
     engine: Annotated[str, typer.Option(help="vllm, or torch (the reference).")] = "vllm",
-    batch_size: Annotated[int, typer.Option(min=1, help="Clips that are written at once.")] = 16,
+    batch_size: Annotated[int, typer.Option(min=1, help="Clips that are written at once, by each engine.")] = 16,
+    ray: Annotated[
+        str | None, typer.Option(metavar="ADDRESS", help="Write on a Ray cluster: auto, local or HOST:PORT.")
+    ] = None,
+    ray_cpus: Annotated[
+        int | None, typer.Option(min=1, help="Cores that an engine takes; those of the smallest machine when left out.")
+    ] = None,
     json: Annotated[bool, typer.Option("--json", help="Print the result as one JSON object.")] = False,
 ) -> None:
     """Write a clip for every line of a file; what is answered already is not done again."""
@@ -35,8 +41,11 @@ def batch(
 
     try:
         from poet_serving.batch import run_batch
+        from poet_serving.ray_batch import run_ray_batch
     except ModuleNotFoundError as error:
         raise ConfigError(f"poet batch needs the package {error.name!r}. Install openpoet[serve].") from error
+    if ray_cpus is not None and ray is None:
+        raise ConfigError("--ray-cpus is for --ray. Leave it out, or name a cluster.")
     bundle = Bundle.open(default_bundle() if model is None else model)
     sizes = {"max_num_seqs": batch_size} if engine == "vllm" else {"max_batch_size": batch_size}
 
@@ -55,13 +64,24 @@ def batch(
         raise MediaError(f"{output} cannot hold results: {error.strerror}. Name another directory with -o.") from error
     begun = time.monotonic()
     with alone_in(output), progress("writing clips") as advance:
-        summary = run_batch(
-            jobs,
-            bundle,
-            output,
-            start,
-            lambda done, count, now: advance(done, count, f"{now / max(1e-9, time.monotonic() - begun):.2f} a second"),
-        )
+
+        def tell(done: int, count: int, now: int) -> None:
+            advance(done, count, f"{now / max(1e-9, time.monotonic() - begun):.2f} a second")
+
+        if ray is None:
+            summary = run_batch(jobs, bundle, output, start, tell)
+        else:
+            note(f"connecting to Ray ({ray})")
+            summary = run_ray_batch(
+                jobs,
+                bundle,
+                output,
+                address=ray,
+                engine=engine,
+                batch_size=batch_size,
+                num_cpus=ray_cpus,
+                progress=tell,
+            )
     answered = summary.completed + summary.failed - summary.before
     facts = {
         "results": str(output / "results.jsonl"),

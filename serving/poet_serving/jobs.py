@@ -41,7 +41,7 @@ from sqlalchemy.orm import DeclarativeBase, Mapped, Session, mapped_column
 from poet.errors import ConfigError, PoetError
 from poet.training.processes import alone_in
 
-__all__ = ["Job", "JobError", "JobStatus", "JobStore"]
+__all__ = ["Base", "Job", "JobError", "JobStatus", "JobStore"]
 
 MAX_ATTEMPTS: Final = 3
 UNFINISHED: Final = ".unfinished-"
@@ -70,11 +70,11 @@ class JobStatus(enum.StrEnum):
     FAILED = "failed"
 
 
-class _Base(DeclarativeBase):
-    pass
+class Base(DeclarativeBase):
+    """Of all tables of the database."""
 
 
-class _Row(_Base):
+class _Row(Base):
     __tablename__ = "jobs"
     __table_args__ = (Index("jobs_by_owner", "owner", "number"), Index("jobs_by_status", "status", "number"))
 
@@ -93,7 +93,7 @@ class _Row(_Base):
     error: Mapped[dict[str, Any] | None] = mapped_column(JSON)
 
 
-class _Key(_Base):
+class _Key(Base):
     """An Idempotency-Key: whose, and for which job and request."""
 
     __tablename__ = "idempotency_keys"
@@ -159,10 +159,18 @@ class JobStore:
             self._engine = create_engine(url)
             if self._engine.dialect.name == "sqlite":
                 _make_sqlite_durable(self._engine)
-            _Base.metadata.create_all(self._engine)
+            Base.metadata.create_all(self._engine)
         except SQLAlchemyError as error:
             self._lock.close()
             raise JobError(f"jobs cannot be kept in {url}: {error}", "store_unavailable") from error
+
+    def add_tables(self) -> None:
+        """Make the tables of `Base` that are missing."""
+        Base.metadata.create_all(self._engine)
+
+    def now(self) -> float:
+        """Seconds since 1970, by the store's clock."""
+        return self._clock()
 
     def close(self) -> None:
         """Close the connections, and let another process have the store."""
@@ -199,8 +207,8 @@ class JobStore:
         name = f"video_{secrets.token_hex(20)}"
         try:
             if files:
-                self._settle(self._stage(files), name)
-            with self._session(writes=True) as session:
+                self.put_files(name, files)
+            with self.session(writes=True) as session:
                 row = _Row(
                     id=name,
                     owner=owner,
@@ -219,13 +227,13 @@ class JobStore:
                     session.flush()
                 job = _job(row)
         except IntegrityError:  # the same key came twice at once
-            self._remove_files(name)
+            self.remove_files(name)
             known = None if idempotency_key is None else self._of_key(owner, idempotency_key, digest)
             if known is None:
                 raise
             return known, False
         except JobError:
-            self._remove_files(name)
+            self.remove_files(name)
             raise
         return job, True
 
@@ -239,7 +247,7 @@ class JobStore:
         Raises:
             JobError: there is none, or it is somebody else's: nobody can tell which.
         """
-        with self._session() as session:
+        with self.session() as session:
             return _job(self._row(session, id, owner))
 
     def list(
@@ -259,7 +267,7 @@ class JobStore:
         Raises:
             JobError: there is no job `after`.
         """
-        with self._session() as session:
+        with self.session() as session:
             found = select(_Row).where(_Row.owner == owner)
             if after is not None:
                 place = self._row(session, after, owner).number
@@ -270,7 +278,7 @@ class JobStore:
 
     def count(self, status: JobStatus, owner: str | None = None) -> int:
         """Count the jobs that stand there; of one owner, or of all."""
-        with self._session() as session:
+        with self.session() as session:
             found = select(func.count()).where(_Row.status == status)
             if owner is not None:
                 found = found.where(_Row.owner == owner)
@@ -282,7 +290,7 @@ class JobStore:
         Args:
             count: jobs at most.
         """
-        with self._session(writes=True) as session:
+        with self.session(writes=True) as session:
             found = select(_Row).where(_Row.status == JobStatus.QUEUED).order_by(_Row.number).limit(count)
             rows = session.scalars(found.with_for_update(skip_locked=True)).all()
             for row in rows:
@@ -292,7 +300,7 @@ class JobStore:
 
     def set_progress(self, id: str, percent: int) -> None:
         """Say how far a job is, from 0 to 99; of one that has ended nothing changes."""
-        with self._session(writes=True) as session:
+        with self.session(writes=True) as session:
             running = (_Row.id == id) & (_Row.status == JobStatus.IN_PROGRESS)
             session.execute(update(_Row).where(running).values(progress=min(99, max(0, percent))))
 
@@ -312,7 +320,7 @@ class JobStore:
         """
         staged = self._stage(files)
         try:
-            with self._session(writes=True) as session:
+            with self.session(writes=True) as session:
                 found = select(_Row).where((_Row.id == id) & (_Row.status == JobStatus.IN_PROGRESS))
                 row = session.scalars(found.with_for_update()).first()
                 if row is None:
@@ -334,7 +342,7 @@ class JobStore:
 
     def release(self, id: str) -> bool:
         """Give back a job that could not be done for no fault of its own: it waits again, as if never begun."""
-        with self._session(writes=True) as session:
+        with self.session(writes=True) as session:
             running = (_Row.id == id) & (_Row.status == JobStatus.IN_PROGRESS)
             changed = session.execute(
                 update(_Row).where(running).values(status=JobStatus.QUEUED, progress=0, attempts=_Row.attempts - 1)
@@ -347,12 +355,12 @@ class JobStore:
         Raises:
             JobError: there is none, or it is somebody else's.
         """
-        with self._session(writes=True) as session:
+        with self.session(writes=True) as session:
             row = self._row(session, id, owner)
             job = _job(row)
             session.execute(delete(_Key).where(_Key.job == row.number))
             session.delete(row)
-        self._remove_files(id)
+        self.remove_files(id)
         return job
 
     def recover(self) -> int:
@@ -363,7 +371,7 @@ class JobStore:
         Returns:
             Jobs that wait again.
         """
-        with self._session(writes=True) as session:
+        with self.session(writes=True) as session:
             rows = session.scalars(select(_Row).where(_Row.status == JobStatus.IN_PROGRESS)).all()
             for row in rows:
                 if row.attempts >= MAX_ATTEMPTS:
@@ -388,7 +396,7 @@ class JobStore:
         Returns:
             Names of the jobs that went.
         """
-        with self._session() as session:
+        with self.session() as session:
             ended = select(_Row).where(_Row.status.in_([JobStatus.COMPLETED, JobStatus.FAILED])).order_by(_Row.number)
             rows = session.scalars(ended).all()
             now = self._clock()
@@ -409,6 +417,14 @@ class JobStore:
     def file(self, id: str, name: str) -> Path:
         """Where a job's file lies; the name is one of ours, never a client's."""
         return self.content / id / name
+
+    def put_files(self, id: str, files: Mapping[str, bytes]) -> None:
+        """Keep files under a name; each appears whole.
+
+        Raises:
+            JobError: the directory cannot be written.
+        """
+        self._settle(self._stage(files), id)
 
     def _stage(self, files: Mapping[str, bytes]) -> Path:
         """Write files into a directory of no job, through to the disk; nothing is left of it where that fails."""
@@ -441,7 +457,7 @@ class JobStore:
             raise JobError(f"{folder} cannot be written: {error.strerror}", "store_unavailable") from error
 
     def _end(self, id: str, status: JobStatus, values: Mapping[str, Any]) -> bool:
-        with self._session(writes=True) as session:
+        with self.session(writes=True) as session:
             running = (_Row.id == id) & _Row.status.in_([JobStatus.QUEUED, JobStatus.IN_PROGRESS])
             changed = session.execute(
                 update(_Row).where(running).values(status=status, completed_at=self._clock(), **values)
@@ -449,7 +465,7 @@ class JobStore:
             return bool(changed.rowcount)  # type: ignore[attr-defined]
 
     def _of_key(self, owner: str, key: str, digest: str) -> Job | None:
-        with self._session() as session:
+        with self.session() as session:
             known = session.scalars(select(_Key).where((_Key.owner == owner) & (_Key.key == key))).first()
             if known is None:
                 return None
@@ -470,15 +486,15 @@ class JobStore:
             raise JobError(f"there is no video {id[:100]!r}.", "not_found")
         return row
 
-    def _remove_files(self, id: str) -> None:
-        """Renamed first, so that a kill in between leaves nothing that looks whole."""
+    def remove_files(self, id: str) -> None:
+        """Remove the files of a name; renamed first, so that a kill in between leaves nothing that looks whole."""
         gone = self.content / f"{UNFINISHED}{secrets.token_hex(8)}"
         with contextlib.suppress(OSError):
             (self.content / id).rename(gone)
             shutil.rmtree(gone, ignore_errors=True)
 
     @contextlib.contextmanager
-    def _session(self, *, writes: bool = False) -> Iterator[Session]:
+    def session(self, *, writes: bool = False) -> Iterator[Session]:
         """One transaction; one that `writes` may wait for another such.
 
         Raises:

@@ -27,6 +27,7 @@ def serve(
         bool, typer.Option("--open-to-all", help="Listen beyond this machine without keys.")
     ] = False,
     allow_origin: Annotated[list[str] | None, typer.Option(help="A page of another host that may call.")] = None,
+    dtype: Annotated[str, typer.Option(help="float32, bfloat16, or auto: what this machine is fastest in.")] = "auto",
     batch_size: Annotated[int, typer.Option(min=1, help="Clips that are written at once.")] = 16,
     keep_hours: Annotated[
         float | None, typer.Option(min=0.01, help="How long videos are kept; for ever by default.")
@@ -62,6 +63,7 @@ def serve(
             queue=queue,
             body_bytes=int(max_upload * 2**20),
         ),
+        dtype=dtype,
         max_num_seqs=batch_size,
         lasts=None if keep_hours is None else keep_hours * HOUR,
         max_bytes=None if keep_gigabytes is None else int(keep_gigabytes * GIGABYTE),

@@ -119,11 +119,11 @@ def run_server(
             phrases=None if bundle.phrases_file is None else Phrases.load(bundle.phrases_file),
             name=bundle.path.name,
         )
-        worker.start()
+        app.state.service.start()
         ready.set()
         yield
         engine.hold.set()
-        await worker.stop()
+        await app.state.service.stop()
         reader.close()
         store.close()
 

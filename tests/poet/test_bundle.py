@@ -13,10 +13,9 @@ from poet.bundle import (
     Bundle,
     GenerationDefaults,
     check_fingerprint,
-    create_tokenizer_bundle,
     default_bundle,
-    export_bundle,
 )
+from poet.bundle_writing import create_tokenizer_bundle, export_bundle
 from poet.errors import CheckpointError, ConfigError, ShapeError, VocabularyError
 from poet.testing import save_tiny_tokenizers, tiny_bundle, tiny_config, tiny_defaults, tiny_tokenizer_bundle
 from poet.vocabulary import Vocabulary

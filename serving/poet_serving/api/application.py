@@ -14,7 +14,7 @@ from starlette.types import ASGIApp
 
 from poet import __version__
 from poet.errors import ConfigError, MediaError, PoetError
-from poet_serving.api import chat, videos
+from poet_serving.api import batches, chat, files, videos
 from poet_serving.api.guard import ApiKeys, Guard, Limits, error_response
 from poet_serving.api.metrics import Metrics
 from poet_serving.api.objects import ErrorBody, ModelList
@@ -35,6 +35,7 @@ def create_application(
     limits: Limits,
     metrics: Metrics,
     origins: tuple[str, ...] = (),
+    page: bool = False,
 ) -> FastAPI:
     """Make the application.
 
@@ -44,6 +45,7 @@ def create_application(
         limits: how often and how much.
         metrics: is told of every answer.
         origins: pages of other hosts that browsers may call it from; none by default.
+        page: whether the chat page is at /; it needs gradio, and is left out where that is not installed.
     """
     application = FastAPI(
         title="Poet",
@@ -52,7 +54,7 @@ def create_application(
         description="An API in the forms of OpenAI's clients. Every error has the shape of `ErrorBody`.",
     )
     application.state.service = service
-    for router in (videos.router, chat.router):
+    for router in (videos.router, chat.router, files.router, batches.router):
         application.include_router(router)
 
     @application.get("/v1/models", response_model=ModelList, responses=_errors(401, 429), tags=["models"])
@@ -66,6 +68,8 @@ def create_application(
     async def nothing(rest: str) -> None:
         raise HTTPException(404)
 
+    if page:
+        _mount_page(application, keys, limits)
     _add_handlers(application)
     application.add_middleware(_GuardedBy, keys=keys, limits=limits, metrics=metrics)
     if origins:
@@ -79,6 +83,18 @@ def create_application(
 
 def _errors(*statuses: int) -> dict[int | str, dict[str, Any]]:
     return {status: videos.ERRORS.get(status, {"model": ErrorBody}) for status in statuses}
+
+
+def _mount_page(application: FastAPI, keys: ApiKeys, limits: Limits) -> None:
+    """Put the page behind all routes, where there is gradio."""
+    try:
+        from poet_serving.api.page import Page
+    except ModuleNotFoundError as error:
+        if error.name != "gradio":
+            raise
+        _log.warning("there is no page at /: it needs gradio. Install openpoet[ui], or say --no-page.")
+        return
+    application.mount("/", Page(lambda: application.state.service, keys=keys, limits=limits))
 
 
 class _GuardedBy(Guard):

@@ -55,7 +55,12 @@ class PoetEndpoint:
         options: ServeOptions = app.state.args.poet
         keys = ApiKeys.read(options.keys)
         self._application = create_application(
-            None, keys=keys, limits=options.limits, metrics=self._metrics, origins=options.origins
+            None,
+            keys=keys,
+            limits=options.limits,
+            metrics=self._metrics,
+            origins=options.origins,
+            page=options.page,
         )
         app.router.routes[:] = [route for route in app.router.routes if getattr(route, "path", "") in KEPT]
         app.mount("", self._application)
@@ -93,7 +98,7 @@ class PoetEndpoint:
         )
         reader = MediaReader(options.bundle_dir, options.data / "scratch")
         atexit.register(reader.close)
-        self._application.state.service = Service(
+        service = Service(
             bundle=bundle,
             pipeline=pipeline,
             store=store,
@@ -104,7 +109,8 @@ class PoetEndpoint:
             phrases=None if bundle.phrases_file is None else Phrases.load(bundle.phrases_file),
             name=options.name,
         )
-        worker.start()
+        self._application.state.service = service
+        service.start()
 
 
 async def _start_canvases(bundle: Bundle, settings: EngineSettings) -> Any:

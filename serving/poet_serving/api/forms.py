@@ -29,10 +29,12 @@ class Form:
     Attributes:
         fields: plain values; of a multipart body texts, nested where a name says so (`video[id]`).
         files: contents by field.
+        names: the client's own names for them, by field.
     """
 
     fields: Mapping[str, Any]
-    files: Mapping[str, bytes]
+    files: Mapping[str, bytes] = dataclasses.field(default_factory=dict)
+    names: Mapping[str, str] = dataclasses.field(default_factory=dict)
 
     def field(self, name: str, kind: type, *, required: bool = False) -> Any:
         """A field's value, or None where it is not there.
@@ -46,7 +48,7 @@ class Form:
         if kind is float and isinstance(value, int | str) and not isinstance(value, bool):
             try:
                 value = float(value)
-            except ValueError:
+            except (ValueError, OverflowError):  # the latter: an integer beyond all floats
                 value = None
         if not isinstance(value, kind) or (kind is float and value != value):
             known = {str: "a text", float: "a number", dict: "an object"}[kind]
@@ -70,7 +72,7 @@ async def read_form(request: Request) -> Form:
             raise RequestError(f"the body must be JSON: {error}", code="invalid_json") from error
         if not isinstance(value, dict):
             raise RequestError("the body must be a JSON object.", code="invalid_json")
-        return Form(fields=value, files={})
+        return Form(fields=value)
     raise RequestError(
         f"the body must be application/json or multipart/form-data, got {kind[:100]!r}.",
         code="unsupported_media_type",
@@ -91,11 +93,12 @@ async def _read_multipart(request: Request) -> Form:
     try:
         fields: dict[str, Any] = {}
         files: dict[str, bytes] = {}
+        names: dict[str, str] = {}
         for name, value in form.multi_items():
             if name in fields or name in files:
                 raise RequestError(f"{name[:100]} must be there once.", code="invalid_value", param=name[:100])
             if isinstance(value, UploadFile):
-                files[name] = await value.read()
+                files[name], names[name] = await value.read(), value.filename or ""
                 continue
             nested = _NESTED.fullmatch(name)
             if nested is None:
@@ -107,4 +110,4 @@ async def _read_multipart(request: Request) -> Form:
                 inner[nested[2]] = value
     finally:
         await form.close()
-    return Form(fields=fields, files=files)
+    return Form(fields=fields, files=files, names=names)

@@ -38,6 +38,7 @@ class Limits:
         open_jobs: that wait or are being carried out.
         queue: jobs of all keys that wait.
         body_bytes: of one request.
+        file_bytes: of all files of a key.
         body_seconds: in which a body must have been sent.
     """
 
@@ -45,6 +46,7 @@ class Limits:
     open_jobs: int = 256
     queue: int = 4096
     body_bytes: int = 64 * 2**20
+    file_bytes: int = 2**30
     body_seconds: float = 60.0
 
 

@@ -19,28 +19,31 @@ from poet.bundle import Bundle
 from poet.errors import ConfigError, MediaError
 from poet.generation.pipeline import Pipeline
 from poet.media import Clip, read_clip
+from poet_serving.api.batch_runner import BatchRunner
 from poet_serving.api.finishing import encode_clip
 from poet_serving.api.guard import Limits, TooMany
 from poet_serving.api.metrics import Metrics
 from poet_serving.api.objects import ModelObject, VideoObject, to_video
 from poet_serving.api.orders import REFERENCE, Order, pack_clip, unpack_clip
 from poet_serving.api.worker import Worker
+from poet_serving.file_store import FileStore
 from poet_serving.jobs import Job, JobError, JobStatus, JobStore
 from poet_serving.media_reader import MediaReader
 from poet_serving.phrases import Phrases, edit_prompt
 from poet_serving.references import data_url_content
-from poet_serving.schema import RequestError, VideoBody, check_model
+from poet_serving.schema import InputReference, RequestError, VideoBody, check_model
 
 __all__ = ["MAX_EXTENSION", "VARIANTS", "Service"]
 
 MAX_EXTENSION: Final = 20.0  # seconds
 VARIANTS: Final = ("video", "thumbnail", "spritesheet", "audio")
 _BUSY: Final = 5.0  # seconds after which to come again where the queue is full
+_LOOK_AGAIN: Final = 30.0  # seconds; a job that ends says so
 _STORE_CODES: Final = {"not_found": 404, "idempotency_conflict": 409, "store_unavailable": 503}
 
 
 class Service:
-    """Everything that a route may ask for.
+    """Everything that a route may ask for. To be made in the event loop that serves.
 
     Args:
         bundle: the model.
@@ -69,6 +72,7 @@ class Service:
     ) -> None:
         self.bundle, self.pipeline, self.store, self.worker = bundle, pipeline, store, worker
         self.reader, self.limits, self.metrics, self.phrases = reader, limits, metrics, phrases
+        self.files, self.batches = FileStore(store), BatchRunner(self)
         self.name = name
         self._started = int(time.time())
         defaults = bundle.generation_config
@@ -128,7 +132,7 @@ class Service:
         check_model(body, (self.name,))
         await self._check_room(owner)
         if reference is None and body.input_reference is not None:
-            reference = data_url_content(body.input_reference)
+            reference = await self._content(owner, body.input_reference)
         task = body.task
         if reference is not None:
             read = await self.reader.read(reference, task=task, has_text=body.prompt is not None)
@@ -141,21 +145,28 @@ class Service:
         order = Order(body=body, task=task, model=self.name, remixed_from=remixed_from, extend_by=extend_by)
         await asyncio.to_thread(self._check, order, clip)
         files = {} if clip is None else {REFERENCE: pack_clip(clip)}
-        job, is_new = await self._with_store(
+        job, is_new = await self.with_store(
             self.store.submit, owner, order.to_dict(), files=files, idempotency_key=idempotency_key, asked=asked
         )
         if is_new:
             self.worker.wake()
-        return self._show(job)
+        return self.show(job)
+
+    async def _content(self, owner: str, reference: InputReference) -> bytes:
+        """What a reference names: an uploaded file or a data URL."""
+        if reference.file_id is None:
+            return data_url_content(reference)
+        path = await self.with_store(self.files.path, reference.file_id, owner)
+        return await asyncio.to_thread(path.read_bytes)
 
     async def _check_room(self, owner: str) -> None:
         open_jobs = 0
         for status in (JobStatus.QUEUED, JobStatus.IN_PROGRESS):
-            open_jobs += await self._with_store(self.store.count, status, owner)
+            open_jobs += await self.with_store(self.store.count, status, owner)
         if open_jobs >= self.limits.open_jobs:
             message = f"a key must have at most {self.limits.open_jobs} jobs at a time. Wait for some to end."
             raise TooMany(message, "too_many_jobs", _BUSY)
-        if await self._with_store(self.store.count, JobStatus.QUEUED) >= self.limits.queue:
+        if await self.with_store(self.store.count, JobStatus.QUEUED) >= self.limits.queue:
             raise TooMany("the queue is full.", "queue_full", _BUSY)
 
     def _check(self, order: Order, clip: Clip | None) -> None:
@@ -165,21 +176,32 @@ class Service:
         except (ConfigError, MediaError) as error:
             raise RequestError(str(error), code="invalid_value") from error
 
+    def start(self) -> None:
+        """Begin to carry out jobs and batches, with what an earlier server left."""
+        self.worker.start()
+        self.batches.resume()
+
+    async def stop(self) -> None:
+        """End: what is open goes on after the next start."""
+        await self.batches.stop()
+        await self.worker.stop()
+
     async def remix(self, owner: str, id: str, prompt: str, idempotency_key: str | None = None) -> VideoObject:
         """A video again, as its prompt says once it is edited: the same settings and seed.
 
         Raises:
             RequestError: there is no such video, or it is not done.
         """
+        VideoBody.parse({"prompt": prompt})  # is it one at all?
         job = await self._completed(owner, id)
         order = Order.from_dict(job.body)
         previous = (job.result or {}).get("prompt") or ""
         edited = edit_prompt(previous, prompt, self.phrases) if previous else prompt
-        body = order.body.model_copy(update={"prompt": edited})
+        values = order.body.model_dump(mode="json", exclude_none=True) | {"prompt": edited, "task": order.task}
         clip = await asyncio.to_thread(self._given, id)
         return await self.submit(
             owner,
-            body.model_copy(update={"task": order.task}),
+            VideoBody.parse(values),
             clip=clip,
             idempotency_key=idempotency_key,
             remixed_from=id,
@@ -197,7 +219,7 @@ class Service:
         if id is not None:
             return await self.remix(owner, id, prompt, idempotency_key)
         read = await self.reader.read(upload or b"", task="image_to_video", has_text=True)
-        body = VideoBody(prompt=prompt, task="image_to_video")
+        body = VideoBody.parse({"prompt": prompt, "task": "image_to_video"})
         return await self.submit(owner, body, clip=read.clip, idempotency_key=idempotency_key)
 
     async def extend(
@@ -227,7 +249,8 @@ class Service:
             task = "video_continuation"
             clip = (await self.reader.read(upload or b"", task=task, has_text=prompt is not None)).clip
         has_sound = clip.samples is not None and self._is_trained("audio_video_continuation")
-        body = VideoBody(prompt=prompt, task="audio_video_continuation" if has_sound else "video_continuation")
+        task = "audio_video_continuation" if has_sound else "video_continuation"
+        body = VideoBody.parse({"prompt": prompt, "task": task})
         return await self.submit(
             owner, body, clip=clip, idempotency_key=idempotency_key, remixed_from=id, extend_by=seconds
         )
@@ -242,7 +265,7 @@ class Service:
         Raises:
             RequestError: there is none, or it is somebody else's.
         """
-        return self._show(await self._job(owner, id))
+        return self.show(await self._job(owner, id))
 
     async def list(
         self, owner: str, *, after: str | None, limit: int, order: Literal["asc", "desc"]
@@ -252,8 +275,8 @@ class Service:
         Raises:
             RequestError: there is no job `after`.
         """
-        jobs, more = await self._with_store(self.store.list, owner, after=after, limit=limit, order=order)
-        return [self._show(job) for job in jobs], more
+        jobs, more = await self.with_store(self.store.list, owner, after=after, limit=limit, order=order)
+        return [self.show(job) for job in jobs], more
 
     async def delete(self, owner: str, id: str) -> None:
         """Remove a job, also one that is being carried out.
@@ -261,7 +284,7 @@ class Service:
         Raises:
             RequestError: there is none, or it is somebody else's.
         """
-        await self._with_store(self.store.delete, id, owner)
+        await self.with_store(self.store.delete, id, owner)
         await self.worker.cancel(id)
 
     async def wait(self, owner: str, id: str) -> Job:
@@ -270,10 +293,12 @@ class Service:
         Raises:
             RequestError: there is none, or it was deleted meanwhile.
         """
-        async with self.worker.watched(id) as ended:
-            while (job := await self._job(owner, id)).status in (JobStatus.QUEUED, JobStatus.IN_PROGRESS):
-                await asyncio.wait([ended], timeout=1.0)
-        return job
+        while True:
+            async with self.worker.watched(id) as ended:
+                job = await self._job(owner, id)
+                if job.status not in (JobStatus.QUEUED, JobStatus.IN_PROGRESS):
+                    return job
+                await asyncio.wait([ended], timeout=_LOOK_AGAIN)
 
     async def file(self, owner: str, id: str, variant: str) -> tuple[Path | bytes, str]:
         """A finished video as a file, or a picture or the sound of it, and its media type.
@@ -313,11 +338,12 @@ class Service:
             raise RequestError("the job wrote a text, which has no content.", code="no_content", status=404)
         return await asyncio.to_thread(self._finished_clip, id, name)
 
-    def _show(self, job: Job) -> VideoObject:
+    def show(self, job: Job) -> VideoObject:
+        """A job as clients read it."""
         return to_video(job, size=self._size, seconds=self._seconds, progress=self.worker.progress(job.id))
 
     async def _job(self, owner: str, id: str) -> Job:
-        job: Job = await self._with_store(self.store.get, id, owner)
+        job: Job = await self.with_store(self.store.get, id, owner)
         return job
 
     async def _completed(self, owner: str, id: str) -> Job:
@@ -348,8 +374,12 @@ class Service:
         except MediaError as error:  # swept meanwhile
             raise RequestError("the video's file is gone.", code="not_found", status=404) from error
 
-    async def _with_store(self, method: Any, *arguments: Any, **keywords: Any) -> Any:
-        """Call the store beside the event loop."""
+    async def with_store(self, method: Any, *arguments: Any, **keywords: Any) -> Any:
+        """Call a store's method beside the event loop.
+
+        Raises:
+            RequestError: what the store says is wrong.
+        """
         try:
             return await asyncio.to_thread(method, *arguments, **keywords)
         except JobError as error:

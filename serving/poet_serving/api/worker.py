@@ -121,6 +121,7 @@ class Worker:
         if task is not None:
             task.cancel()
             await asyncio.gather(task, return_exceptions=True)
+        self._tell(id)
 
     async def _take(self) -> None:
         """Take jobs while there is room for them."""
@@ -144,10 +145,14 @@ class Worker:
     def _ended(self, id: str) -> None:
         del self._tasks[id]
         self._progress.pop(id, None)
+        self._tell(id)
+        self.wake()
+
+    def _tell(self, id: str) -> None:
+        """Whoever watches a job looks again."""
         for future in self._watchers.get(id, ()):
             if not future.done():
                 future.set_result(None)
-        self.wake()
 
     async def _carry_out(self, job: Job) -> None:
         begun = time.monotonic()

@@ -1,0 +1,129 @@
+"""`poet serve` as it is, vLLM's engine in a process of its own: started, used, killed, started again."""
+
+import contextlib
+import os
+import signal
+import socket
+import subprocess
+import sys
+import time
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import httpx
+import openai
+import pytest
+
+from poet.bundle import Bundle
+from poet.generation.engine import TorchEngine
+from poet.generation.pipeline import ClipRequest, Pipeline
+from poet.generation.sampling import SamplingConfig
+from poet.testing import tiny_bundle, tiny_upsampler
+
+PROMPT = "a red star"
+CONFIG = {"head_dim": 32}  # what vLLM takes
+
+
+@pytest.fixture(scope="module")
+def bundle(tmp_path_factory: pytest.TempPathFactory) -> Bundle:
+    made = tiny_bundle(tmp_path_factory.mktemp("made") / "tiny", config=CONFIG)
+    tiny_upsampler(made, made.path / "upsampler")
+    return Bundle.open(made.path)
+
+
+@contextlib.contextmanager
+def serving(bundle: Bundle, data: Path, *options: str) -> Iterator[tuple[subprocess.Popen[bytes], str]]:
+    """`poet serve` on a free port, in a session of its own."""
+    with socket.create_server(("127.0.0.1", 0)) as free:
+        port = free.getsockname()[1]
+    command = [sys.executable, "-m", "poet.cli.main", "serve", "--model", str(bundle.path), "--data", str(data)]
+    log = data.with_suffix(".log")
+    with log.open("ab") as file:
+        process = subprocess.Popen(
+            [*command, "--port", str(port), "--no-page", *options], stdout=file, stderr=file, start_new_session=True
+        )
+    url = f"http://127.0.0.1:{port}"
+    try:
+        ends = time.monotonic() + 300
+        while True:
+            assert process.poll() is None, log.read_text()[-4000:]
+            assert time.monotonic() < ends, log.read_text()[-4000:]
+            with contextlib.suppress(httpx.TransportError):
+                if httpx.get(f"{url}/health", timeout=5).status_code == 200:
+                    break
+            time.sleep(0.2)
+        yield process, url
+    finally:
+        if process.poll() is None:
+            process.send_signal(signal.SIGTERM)
+            try:
+                process.wait(60)
+            except subprocess.TimeoutExpired:
+                os.killpg(process.pid, signal.SIGKILL)
+                raise
+        until(lambda: not members(process.pid), 20)
+
+
+def members(session: int) -> list[int]:
+    """The processes of a session."""
+    found = []
+    for path in Path("/proc").glob("[0-9]*/stat"):
+        with contextlib.suppress(OSError):
+            fields = path.read_text().rpartition(")")[2].split()
+            if int(fields[3]) == session and fields[0] != "Z":
+                found.append(int(path.parent.name))
+    return found
+
+
+def until(holds: Any, seconds: float) -> None:
+    ends = time.monotonic() + seconds
+    while not holds():
+        assert time.monotonic() < ends
+        time.sleep(0.1)
+
+
+def ids_of(video: Any) -> str:
+    assert video.status == "completed", video.error
+    return str(video.model_extra["metadata"]["ids_sha256"])
+
+
+def test_a_server_writes_what_the_reference_writes_and_survives_a_kill(bundle: Bundle, tmp_path: Path) -> None:
+    greedy = {"temperature": 0.0, "seed": 1}
+    requests = [
+        ClipRequest(
+            task="text_to_video_audio", text=f"{PROMPT} {number}", sampling=SamplingConfig(temperature=0, seed=1)
+        )
+        for number in range(3)
+    ]
+    guided = ClipRequest(
+        task="text_to_video_audio", text=PROMPT, sampling=SamplingConfig(temperature=0, seed=1, guidance_scale=3.0)
+    )
+    with TorchEngine(bundle.path) as engine:
+        wanted = [made.metadata["ids_sha256"] for made in Pipeline(bundle, engine).generate([*requests, guided])]
+    data = tmp_path / "data"
+    with serving(bundle, data, "--dtype", "float32") as (process, url):
+        client = openai.OpenAI(base_url=f"{url}/v1", api_key="x", max_retries=0)
+        jobs = [client.videos.create(prompt=f"{PROMPT} {number}", extra_body=greedy) for number in range(3)]
+        jobs.append(client.videos.create(prompt=PROMPT, extra_body=greedy | {"guidance_scale": 3.0}))
+        assert [ids_of(client.videos.poll(job.id)) for job in jobs] == wanted
+        larger = client.videos.create(prompt=PROMPT, extra_body=greedy | {"size": "80x48"})
+        assert client.videos.poll(larger.id).size == "80x48"
+        figures = httpx.get(f"{url}/metrics").text
+        for name in ("poet_jobs_queued", "poet_ids_written_total", "poet_clip_seconds_count", "vllm:"):
+            assert name in figures
+        # vLLM's own routes take ids of anybody, and one beyond the vocabulary would end the engine for everybody.
+        for path in ("/v1/completions", "/tokenize", "/inference/v1/generate", "/v1/load_lora_adapter", "/invocations"):
+            assert httpx.post(url + path, json={"prompt": [10**9]}).status_code in (404, 405)
+        accepted = [client.videos.create(prompt=f"{PROMPT} {number}", extra_body=greedy).id for number in range(24)]
+        os.kill(process.pid, signal.SIGKILL)
+        process.wait()
+        until(lambda: not members(process.pid), 20)  # no engine is left behind
+    with serving(bundle, data, "--dtype", "float32") as (process, url):
+        client = openai.OpenAI(base_url=f"{url}/v1", api_key="x", max_retries=0)
+        videos = [client.videos.poll(id) for id in accepted]
+        assert [ids_of(video) for video in videos[:3]] == wanted[:3]
+        assert all(video.status == "completed" for video in videos)
+        assert len(list(client.videos.list(limit=100))) == len(accepted) + 5
+        process.send_signal(signal.SIGTERM)
+        assert process.wait(60) in (0, -signal.SIGTERM)
