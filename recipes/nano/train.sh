@@ -5,6 +5,7 @@ set -euo pipefail
 cd "$(dirname "$0")/../.."
 export OMP_WAIT_POLICY=PASSIVE GOMP_SPINCOUNT=0
 POET=${POET:-poet}
+PYTHON=${PYTHON:-python}
 DEVICE=${DEVICE:-cpu}
 RUN=runs/nano
 CLIPS=48000
@@ -23,12 +24,15 @@ for stage in video_tokenizer video_tokenizer_detail video_tokenizer_hard; do
   "$POET" train recipes/nano/$stage.yaml -o $RUN/$stage --device "$DEVICE" "${VIDEO[@]}"
 done
 [ -d $RUN/tokenizers/export ] || "$POET" train recipes/nano/tokenizers.yaml -o $RUN/tokenizers
+# The words by which a chat changes a prompt; every export takes them along.
+"$PYTHON" -c 'import sys; from pathlib import Path; from poet.data.toybox_phrases import write_toybox_phrases as write
+write(Path(sys.argv[1]))' $RUN/tokenizers/export/phrases.json
 "$POET" encode toybox:train --count $CLIPS --model $RUN/tokenizers/export -o $RUN/shards/train --device "$DEVICE"
 "$POET" encode toybox:seen --count 512 --start 100000 --model $RUN/tokenizers/export -o $RUN/shards/seen --device "$DEVICE"
-for stage in language language_more; do
+for stage in language language_more language_parallel; do
   "$POET" train recipes/nano/$stage.yaml -o $RUN/$stage --device "$DEVICE" "${LANGUAGE[@]}"
 done
-"$POET" evaluate $RUN/language_more/export -o $RUN/evaluation
-"$POET" evaluate $RUN/language_more/export --what reconstruction -o $RUN/reconstruction
-echo "The finished bundle is $RUN/language_more/export, its scores are in $RUN/evaluation and"
+"$POET" evaluate $RUN/language_parallel/export -o $RUN/evaluation
+"$POET" evaluate $RUN/language_parallel/export --what reconstruction -o $RUN/reconstruction
+echo "The finished bundle is $RUN/language_parallel/export, its scores are in $RUN/evaluation and"
 echo "$RUN/reconstruction; recipes/nano/fill_scores.py writes them into the pages."

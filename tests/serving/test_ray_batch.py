@@ -272,7 +272,8 @@ def nodes() -> Iterator[Nodes]:
     directory = Path(tempfile.mkdtemp(prefix="ray-"))
     (directory / "ray").mkdir()
     # TMPDIR: processes that are killed leave their own files there.
-    changed = {"RAY_TMPDIR": str(directory), "TMPDIR": str(directory), "RAY_enable_worker_prestart": "0"}
+    changed = dict.fromkeys(("RAY_TMPDIR", "TMPDIR"), str(directory))
+    changed |= {"RAY_enable_worker_prestart": "0"}
     before = {name: os.environ.get(name) for name in changed}
     os.environ |= changed
     made = None

@@ -44,7 +44,14 @@ WATCH_SECONDS: Final = 15.0
 POLL_SECONDS: Final = 0.4
 COOKIE: Final = "poet_page"
 TAKES_FILES: Final = frozenset(
-    ("image_to_video", "video_continuation", "audio_video_continuation", "audio_to_video", "video_to_audio", "captioning")
+    (
+        "image_to_video",
+        "video_continuation",
+        "audio_video_continuation",
+        "audio_to_video",
+        "video_to_audio",
+        "captioning",
+    )
 )
 # What the page needs of gradio. Its other routes write files, fetch addresses, or show what nobody asked for.
 _KEPT: Final = re.compile(
@@ -194,7 +201,9 @@ class Page:
                 await asyncio.Event().wait()
 
         self._living = asyncio.create_task(live())
-        await asyncio.wait((self._living, waiting := asyncio.ensure_future(entered.wait())), return_when="FIRST_COMPLETED")
+        await asyncio.wait(
+            (self._living, waiting := asyncio.ensure_future(entered.wait())), return_when="FIRST_COMPLETED"
+        )
         waiting.cancel()
         if self._living.done():
             self._living.result()  # raises what was wrong
@@ -205,7 +214,9 @@ def _ask(request: Request) -> Response:
     """The answer to somebody who is not known: the form, or to a program that it has to log in."""
     if request.url.path == "/" and request.method in ("GET", "HEAD"):
         return HTMLResponse(page_view.login_page(None), status_code=401, headers=_PRIVATE)
-    return error_response(RequestError("a name and its key must be given at / first.", code="not_logged_in", status=401))
+    return error_response(
+        RequestError("a name and its key must be given at / first.", code="not_logged_in", status=401)
+    )
 
 
 def _owner_of(request: Request) -> str | None:
@@ -327,7 +338,9 @@ class _Callbacks:
         """What a page shows that is opened: the conversation that the browser kept."""
         owner = request.username or ""
         model = self._service.models()[0]
-        return *self._shown(parse_talk(talk, owner)), page_view.header_view(model.id, model.sizes[0], model.seconds, owner)
+        return *self._shown(parse_talk(talk, owner)), page_view.header_view(
+            model.id, model.sizes[0], model.seconds, owner
+        )
 
     def _shown(self, talk: Talk) -> tuple[Any, ...]:
         """The conversation, for the browser to keep and to show; the button that stops; the clock that watches."""
@@ -383,8 +396,10 @@ def _controls(service: Service) -> list[Any]:
     is_parallel, has_sizes = "parallel" in model.decodings, len(model.sizes) > 1
     with gr.Row():
         choices = [(KINDS[name].label, name) for name in kinds]
-        kind = gr.Radio(choices, value=kinds[0] if kinds else "clip", label="Answer with", visible=len(kinds) > 1)
-        samples = gr.Slider(1, MAX_SAMPLES, 1, step=1, label="Samples side by side")
+        kind = gr.Radio(
+            choices, value=kinds[0] if kinds else "clip", label="Answer with", visible=len(kinds) > 1, scale=3
+        )
+        samples = gr.Slider(1, MAX_SAMPLES, 1, step=1, label="Samples side by side", scale=2)
     with gr.Row():
         guidance = gr.Slider(
             1, 8, defaults.guidance_scale, step=0.1, label="Guidance", info="How closely it keeps to the prompt"

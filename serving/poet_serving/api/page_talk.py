@@ -346,16 +346,14 @@ async def follow(service: Service, talk: Talk) -> bool:
         Whether anything has changed.
     """
     before = talk.model_dump()
-    waiting: int | None = None
-    for turn in talk.turns:
-        for sample in turn.samples:
-            if not sample.is_open:
-                continue
-            await _look(service, talk.owner, sample, turn.kind)
-            if sample.status == "queued":
-                waiting = await _waiting(service) if waiting is None else waiting
-                # Nobody gets in before it, so it cannot fall back; who came after it is not counted apart.
-                sample.place = max(1, min(sample.place or waiting, waiting))
+    looked = [(sample, turn.kind) for turn in talk.turns for sample in turn.samples if sample.is_open]
+    for sample, kind in looked:
+        await _look(service, talk.owner, sample, kind)
+    queued = [sample for sample, _ in looked if sample.status == "queued"]
+    waiting = await _waiting(service) if queued else 0
+    for behind, sample in enumerate(reversed(queued)):
+        # Nobody gets in before it, so it never falls back; how many others came after it is not known.
+        sample.place = max(1, min(sample.place or waiting, waiting - behind))
     return talk.model_dump() != before
 
 

@@ -104,15 +104,10 @@ def _ordinal(number: int) -> str:
 
 def _clip(sample: Sample) -> str:
     source = f"page/clips/{sample.id}/video"
-    facts = " · ".join(
-        text
-        for text in (
-            f"{sample.seconds:.1f} s" if sample.seconds else "",
-            _text(sample.size or "").replace("x", " × "),
-            f"seed {_text(sample.seed)}" if sample.seed else "",
-        )
-        if text
-    )
+    size = _text(sample.size or "").replace("x", " × ")
+    facts = [f"{sample.seconds or 0:.1f} s" + (f" · {size}" if size else "")]
+    facts += [f"seed {_text(sample.seed)}"] if sample.seed else []
+    facts = [f"<span>{fact}</span>" for fact in facts]
     player = (
         f"<video src='{source}' controls playsinline preload='auto'></video>"
         if sample.size
@@ -120,7 +115,7 @@ def _clip(sample: Sample) -> str:
     )
     name = f"{sample.id}.{'mp4' if sample.size else 'wav'}"
     return (
-        f"<figure>{player}<figcaption><span>{facts}</span>"
+        f"<figure>{player}<figcaption>{''.join(facts)}"
         f"<a href='{source}' download='{name}'>{_ICONS['download']}Download</a></figcaption></figure>"
     )
 
@@ -348,9 +343,10 @@ CSS: Final = """
 .queue b { width: 12px; height: 12px; background: var(--color-accent); animation: breathe 1.6s ease-in-out infinite; }
 .queue em { font-style: normal; font-size: 13px; }
 figure { margin: 0; }
-figcaption { display: flex; flex-wrap: wrap; gap: 2px 12px; justify-content: space-between; padding: 8px 2px 0;
+figcaption { display: flex; flex-wrap: wrap; gap: 2px 10px; padding: 8px 2px 0;
   font-size: 13px; color: var(--body-text-color-subdued); }
-figcaption a { color: var(--link-text-color); text-decoration: none; white-space: nowrap; }
+figcaption span { white-space: nowrap; }
+figcaption a { margin-left: auto; color: var(--link-text-color); text-decoration: none; white-space: nowrap; }
 figcaption a:hover { text-decoration: underline; }
 .edits { margin-top: 2px; animation: appear .4s var(--ease); }
 
@@ -365,10 +361,11 @@ figcaption a:hover { text-decoration: underline; }
   color: var(--body-text-color-subdued); }
 #attach .attach:hover { background: var(--background-fill-secondary); color: var(--body-text-color); }
 #attach .attach svg { width: 21px; height: 21px; }
-#attach .attached { position: absolute; left: 8px; bottom: calc(100% + 8px); display: flex; align-items: center; gap: 8px;
-  max-width: calc(100% - 16px); padding: 6px 8px 6px 10px; border-radius: 12px; font-size: 14px;
+#attach .attached { position: absolute; left: 0; bottom: calc(100% + 18px); display: flex; align-items: center; gap: 8px;
+  width: max-content; max-width: min(80vw, 460px); padding: 6px 8px 6px 12px; border-radius: 12px; font-size: 14px;
   border: 1px solid var(--border-color-primary); background: var(--background-fill-primary);
-  color: var(--body-text-color); }
+  color: var(--body-text-color); box-shadow: 0 6px 24px -12px rgb(15 23 42 / .25); }
+#attach, #attach .html-container { overflow: visible !important; }
 #attach .attached[hidden], #attach [hidden] { display: none; }
 #attach .attached img { width: 36px; height: 36px; object-fit: cover; border-radius: 8px; }
 #attach .attached span { overflow: hidden; text-overflow: ellipsis; white-space: nowrap; }
@@ -383,8 +380,12 @@ figcaption a:hover { text-decoration: underline; }
 #line:has(#stop) .submit-button { display: none; }
 #stop { flex: none; min-width: 0 !important; height: 40px; padding: 0 16px; border-radius: 12px; }
 #settings { border: 0; background: none; box-shadow: none; padding: 8px 10px 0; }
-#settings .label-wrap { width: auto; gap: 6px; justify-content: flex-start; font-size: 13px;
+#settings .label-wrap { width: auto; gap: 8px; align-items: center; justify-content: flex-start; font-size: 13px;
   color: var(--body-text-color-subdued); }
+#settings .label-wrap .icon, #settings .reset-button { display: none; }
+#settings .label-wrap::after { content: ''; width: 6px; height: 6px; margin-top: -3px; transform: rotate(45deg);
+  border: solid currentColor; border-width: 0 1.5px 1.5px 0; }
+#settings .label-wrap.open::after { margin-top: 3px; transform: rotate(225deg); }
 #settings > div:last-child { margin: 8px -10px 0; padding: 12px 16px; max-height: 46dvh; overflow: auto;
   border: 1px solid var(--border-color-primary); border-radius: 18px; background: var(--background-fill-primary); }
 #settings .column { gap: 10px; }
@@ -392,7 +393,10 @@ figcaption a:hover { text-decoration: underline; }
 #settings .block { padding: 4px 0; border: 0; background: none; box-shadow: none; }
 #settings .info-text { font-size: 12px; color: var(--body-text-color-subdued); }
 #settings fieldset .wrap { gap: 6px; }
-#settings fieldset label { padding: 5px 12px; font-size: 14px; border: 1px solid transparent; }
+#settings fieldset label { padding: 5px 12px; font-size: 14px; border-radius: 10px; background: none;
+  border: 1px solid var(--border-color-primary); }
+#settings fieldset label.selected { border-color: var(--color-accent); background: var(--color-accent-soft);
+  color: var(--body-text-color); }
 
 @keyframes appear { from { opacity: 0; transform: translateY(6px); } }
 @keyframes breathe { 50% { opacity: .45; } }
