@@ -189,7 +189,7 @@ async def drive(server: ServerProcess, load: Load, options: argparse.Namespace) 
         clients = [asyncio.create_task(load.client(http)) for _ in range(options.clients)]
         passed = 0.0
         for moment in moments:
-            await asyncio.sleep(max(0.0, moment - passed))
+            await watch(server, moment - passed)
             passed = moment
             load.num_kills += 1
             load.up.clear()
@@ -197,11 +197,11 @@ async def drive(server: ServerProcess, load: Load, options: argparse.Namespace) 
             say(f"killed at {moment:.1f} seconds, {len(load.asked)} clips asked for")
             starts.append(await asyncio.to_thread(server.start, options.start_seconds))
             load.up.set()
-        await asyncio.sleep(options.seconds - passed)
+        await watch(server, options.seconds - passed)
         load.is_ending, ended, own = True, time.time(), time.process_time() - own
         say(f"{options.seconds:g} seconds are over; waiting for {sum(not task.done() for task in clients)} clients")
-        _, late = await asyncio.wait(clients, timeout=options.drain_seconds)
-        for task in late:
+        await watch(server, options.drain_seconds, clients)
+        for task in clients:
             task.cancel()
         await asyncio.gather(*clients, return_exceptions=True)
         for task in clients:
@@ -209,6 +209,23 @@ async def drive(server: ServerProcess, load: Load, options: argparse.Namespace) 
                 raise task.exception()  # type: ignore[misc]
         listed = await list_all(http, load.url)
     return {"window": (begun, ended), "starts": starts, "left": left, "listed": listed, "client_cpu_seconds": own}
+
+
+async def watch(server: ServerProcess, seconds: float, clients: Sequence[asyncio.Task[None]] = ()) -> None:
+    """Wait, and see all the while that the server runs.
+
+    Args:
+        server: that is loaded.
+        seconds: to wait.
+        clients: not longer than until all of them are done; none: the whole time.
+
+    Raises:
+        SystemExit: the server ended by itself.
+    """
+    ends = time.monotonic() + seconds
+    while (left := ends - time.monotonic()) > 0 and not (clients and all(task.done() for task in clients)):
+        await asyncio.sleep(min(1.0, left))
+        server.check()
 
 
 async def list_all(http: httpx.AsyncClient, url: str) -> list[dict[str, Any]]:
@@ -365,7 +382,7 @@ def summarise(
         "errors_other_than_429": errors,
         "answers_lost_to_kills": load.lost_answers,
         "clips_per_second": rounded(rate(inside, options.batch_size)) if not options.kills else None,
-        "clips_per_second_with_first_wave": rounded(len(inside) / (end - begin)),
+        "clips_per_second_with_first_wave": rounded(len(inside) / (end - begin)) if not options.kills else None,
         "latency_p50": rounded(percentile(latencies, 0.5), 2),
         "latency_p95": rounded(percentile(latencies, 0.95), 2),
         "start_seconds": [round(seconds, 1) for seconds in found["starts"]],
@@ -390,10 +407,10 @@ def table(report: Mapping[str, Any]) -> str:
         ("answers", ", ".join(f"{status}: {count:,}" for status, count in load["answers"].items())),
         ("errors other than 429", str(load["errors_other_than_429"])),
         ("latency p50, p95", f"{load['latency_p50']}, {load['latency_p95']} s"),
-        ("clips a second, with the first wave", str(load["clips_per_second_with_first_wave"])),
     ]
-    if load["clips_per_second"] is not None:
+    if load["clips_per_second_with_first_wave"] is not None:
         rows.append(("clips a second", str(load["clips_per_second"])))
+        rows.append(("the same with the first wave", str(load["clips_per_second_with_first_wave"])))
     if report["batch"] is not None:
         rows += [
             ("clips a second of poet batch", str(report["batch"]["clips_per_second"])),

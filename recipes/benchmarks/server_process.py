@@ -91,11 +91,25 @@ class ServerProcess:
         if not self._watcher.is_alive():
             self._watcher.start()
         while not self._answers():
-            if self._process.poll() is not None or time.monotonic() - begun > seconds:
-                log_tail = (self.folder / "server.log").read_text(encoding="utf-8", errors="replace")[-3000:]
-                sys.exit(f"the server did not start within {seconds:g} seconds. Its log ends:\n{log_tail}")
+            self.check()
+            if time.monotonic() - begun > seconds:
+                sys.exit(f"the server did not answer within {seconds:g} seconds. {self._log_tail()}")
             time.sleep(0.2)
         return time.monotonic() - begun
+
+    def check(self) -> None:
+        """See that the server runs.
+
+        Raises:
+            SystemExit: it has ended.
+        """
+        assert self._process is not None
+        if self._process.poll() is not None:
+            sys.exit(f"the server ended by itself with status {self._process.returncode}. {self._log_tail()}")
+
+    def _log_tail(self) -> str:
+        log = (self.folder / "server.log").read_text(encoding="utf-8", errors="replace")
+        return f"Its log ends:\n{log[-3000:]}"
 
     def kill(self) -> list[str]:
         """End the main process as `kill -9` does, and wait for the others to end by themselves.

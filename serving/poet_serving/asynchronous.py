@@ -24,15 +24,18 @@ from poet.errors import ConfigError, PoetError
 from poet.generation.engine import GenerationRequest, StreamingEngine
 from poet.generation.maskgit import Canvas
 from poet.generation.upsample import UpsamplingCanvas, UpsamplingRequest, check_upsampling
-from poet.grammar import max_output_length
 from poet.model.superresolution import UpsamplerConfig
 from poet_serving.engine import check_servable
 from poet_serving.settings import EngineSettings
 from poet_serving.writing import halves_of, sampling_parameters
 
-__all__ = ["AsyncEngine", "AsyncUpsampler"]
+__all__ = ["AsyncEngine", "AsyncUpsampler", "EngineGoneError"]
 
 _POOLING_TASK: Final = "token_classify"  # of vLLM's tasks the one that answers for every id
+
+
+class EngineGoneError(PoetError, RuntimeError):
+    """vLLM's process has ended, or is being ended: no fault of the request, which may be made again elsewhere."""
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -125,10 +128,13 @@ class AsyncEngine(StreamingEngine):
         self, name: str, prefix: Sequence[int], parameters: Any, tell: Callable[[int], None] | None
     ) -> list[int]:
         ids: list[int] = []
-        async for change in self._causal.generate({"prompt_token_ids": list(prefix)}, parameters, name):
-            ids += change.outputs[0].token_ids
-            if tell is not None:
-                tell(len(ids))
+        with _gone():
+            async for change in self._causal.generate({"prompt_token_ids": list(prefix)}, parameters, name):
+                if change.outputs[0].finish_reason == "abort":  # not by us: we would not be waiting
+                    raise EngineGoneError("vLLM gave the request up.")
+                ids += change.outputs[0].token_ids
+                if tell is not None:
+                    tell(len(ids))
         return ids
 
     async def _fill(self, request: GenerationRequest, tell: Callable[[int], None]) -> list[int]:
@@ -238,23 +244,30 @@ class AsyncEngine(StreamingEngine):
         """Nothing to release: whoever started vLLM's engines ends them."""
 
 
-def output_share(request: GenerationRequest, count: int) -> float:
-    """How far a request is when so many ids are written, from 0 to 1."""
-    return min(1.0, count / max(1, max_output_length(request.grammar)))
-
-
 async def _pool(client: Any, name: str, ids: Sequence[int], arguments: Mapping[str, Any]) -> NDArray[Any]:
     """Ask a pooling model for a step; returns (N, 2) ids and log-probabilities."""
     from vllm import PoolingParams
 
     params = PoolingParams(task=_POOLING_TASK, extra_kwargs=dict(arguments), skip_reading_prefix_cache=True)
     answer = None
-    async for output in client.encode({"prompt_token_ids": list(ids)}, params, name):
-        answer = output
-    if answer is None:
-        raise PoetError("vLLM must answer a step of a canvas, it did not. This is a defect.")
+    with _gone():
+        async for output in client.encode({"prompt_token_ids": list(ids)}, params, name):
+            answer = output
+    if answer is None or not answer.finished:
+        raise EngineGoneError("vLLM gave a step of a canvas up.")
     drawn: NDArray[Any] = answer.outputs.data.numpy()
     return drawn
+
+
+@contextlib.contextmanager
+def _gone() -> Iterator[None]:
+    """Say of vLLM's own error that the engine is gone."""
+    from vllm.v1.engine.exceptions import EngineDeadError
+
+    try:
+        yield
+    except EngineDeadError as error:
+        raise EngineGoneError("vLLM's engine has ended.") from error
 
 
 @contextlib.asynccontextmanager

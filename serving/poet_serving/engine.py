@@ -299,7 +299,6 @@ def _start(arguments: dict[str, Any]) -> Any:
     with _quick_start(), _own_process_state(), _quiet():
         # Only now: vLLM reads part of the environment at import, and takes seconds to import.
         try:
-            from vllm import ModelRegistry
             from vllm.distributed import cleanup_dist_env_and_memory
             from vllm.engine.arg_utils import EngineArgs
             from vllm.v1.engine.llm_engine import LLMEngine
@@ -310,18 +309,11 @@ def _start(arguments: dict[str, Any]) -> Any:
             ) from error
         from poet_serving.grammar import GrammarLogitsProcessor
         from poet_serving.guidance import GuidanceLogitsProcessor
-        from poet_serving.maskgit import PoetForCanvas
-        from poet_serving.plugin import ARCHITECTURE, CANVAS_ARCHITECTURE, UPSAMPLER_ARCHITECTURE, register
+        from poet_serving.plugin import register_classes
         from poet_serving.repetition import RepetitionLogitsProcessor
         from poet_serving.scheduler import PairScheduler
-        from poet_serving.superresolution import PoetUpsampler
-        from poet_serving.vllm_model import PoetForCausalLM
 
-        # As classes: named by strings, they would be imported in a process of their own first, to be inspected.
-        ModelRegistry.register_model(ARCHITECTURE, PoetForCausalLM)
-        ModelRegistry.register_model(CANVAS_ARCHITECTURE, PoetForCanvas)
-        ModelRegistry.register_model(UPSAMPLER_ARCHITECTURE, PoetUpsampler)
-        register()
+        register_classes()
         if arguments.get("runner") != "pooling":
             arguments["logits_processors"] = [
                 GuidanceLogitsProcessor,

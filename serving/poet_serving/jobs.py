@@ -426,6 +426,23 @@ class JobStore:
         """
         self._settle(self._stage(files), id)
 
+    @contextlib.contextmanager
+    def workspace(self) -> Iterator[Path]:
+        """A directory for files that are being made; what a kill leaves there goes with the next start.
+
+        Raises:
+            JobError: it cannot be made.
+        """
+        folder = self.content / f"{UNFINISHED}{secrets.token_hex(8)}"
+        try:
+            folder.mkdir()
+        except OSError as error:
+            raise JobError(f"{self.content} cannot be written: {error.strerror}", "store_unavailable") from error
+        try:
+            yield folder
+        finally:
+            shutil.rmtree(folder, ignore_errors=True)
+
     def _stage(self, files: Mapping[str, bytes]) -> Path:
         """Write files into a directory of no job, through to the disk; nothing is left of it where that fails."""
         staged = self.content / f"{UNFINISHED}{secrets.token_hex(8)}"

@@ -23,6 +23,7 @@ __all__ = [
     "MODEL_CLASSES",
     "UPSAMPLER_ARCHITECTURE",
     "register",
+    "register_classes",
 ]
 
 END_WITH_PARENT = "POET_END_WITH_PARENT"
@@ -49,6 +50,20 @@ def register() -> None:
     for architecture, model_class in MODEL_CLASSES.items():
         if architecture not in ModelRegistry.get_supported_archs():
             ModelRegistry.register_model(architecture, model_class)
+
+
+def register_classes() -> None:
+    """`register`, and import the models: to inspect one that is a string, vLLM starts a process of its own."""
+    from vllm import ModelRegistry
+
+    from poet_serving.maskgit import PoetForCanvas
+    from poet_serving.superresolution import PoetUpsampler
+    from poet_serving.vllm_model import PoetForCausalLM
+
+    ModelRegistry.register_model(ARCHITECTURE, PoetForCausalLM)
+    ModelRegistry.register_model(CANVAS_ARCHITECTURE, PoetForCanvas)
+    ModelRegistry.register_model(UPSAMPLER_ARCHITECTURE, PoetUpsampler)
+    register()
 
 
 def _end_with_parent() -> None:

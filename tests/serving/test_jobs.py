@@ -162,6 +162,14 @@ def test_after_a_start_what_was_being_done_waits_again_and_what_never_ends_is_fa
     store.close()
 
 
+def test_what_a_kill_leaves_of_a_file_that_is_being_made_goes_with_the_next_start(store: JobStore) -> None:
+    with store.workspace() as folder:
+        (folder / "clip.mp4").write_bytes(b"half a cl")
+        assert [path.parent for path in store.content.rglob("clip.mp4")] == [folder]
+        store.recover()
+        assert list(store.content.iterdir()) == []
+
+
 def test_what_is_deleted_while_it_is_done_leaves_nothing(store: JobStore, tmp_path: Path) -> None:
     job, _ = store.submit("me", {}, files={"reference": b"x"})
     store.claim(1)

@@ -110,18 +110,20 @@ def clip_file(clip: Clip) -> str:
     return "clip.mp4"
 
 
-def encode_clip(clip: Clip, suffix: str, metadata: dict[str, str] | None = None) -> bytes:
+def encode_clip(clip: Clip, suffix: str, metadata: dict[str, str] | None = None, folder: Path | None = None) -> bytes:
     """A clip as the bytes of a file.
 
     Args:
         clip: pictures, sound or both.
         suffix: of the format, as `poet.media.write_clip` knows it.
         metadata: what made it.
+        folder: where the file is while it is written; None: where temporary files are, and one that is being written
+            when the process is killed stays.
 
     Raises:
         MediaError: the format holds nothing of such a clip.
     """
-    with tempfile.TemporaryDirectory(prefix="poet-") as directory:
+    with tempfile.TemporaryDirectory(prefix="poet-", dir=folder) as directory:
         path = Path(directory) / f"clip{suffix}"
         write_clip(clip, path, metadata=metadata)
         return path.read_bytes()

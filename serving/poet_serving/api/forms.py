@@ -20,6 +20,7 @@ MAX_FIELDS: Final = 64
 MAX_FILES: Final = 2
 MAX_FIELD: Final = 2**20  # bytes of a field that is no file
 _NESTED: Final = re.compile(r"(\w+)\[(\w*)\]")
+_SURROGATE: Final = re.compile(r"\\u[dD][89a-fA-F]")
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -67,7 +68,10 @@ async def read_form(request: Request) -> Form:
         return await _read_multipart(request)
     if kind in ("application/json", ""):
         try:
-            value = json.loads(await request.body() or b"null", parse_constant=_no_constant)
+            body = (await request.body()).decode()
+            value = json.loads(body or "null", parse_constant=_no_constant)
+            if _SURROGATE.search(body):
+                _check_unicode(json.dumps(value, ensure_ascii=False))
         except (ValueError, RecursionError) as error:
             raise RequestError(f"the body must be JSON: {error}", code="invalid_json") from error
         if not isinstance(value, dict):
@@ -84,6 +88,18 @@ def _no_constant(name: str) -> Any:
     raise ValueError(f"{name} is no JSON")
 
 
+def _check_unicode(text: str) -> None:
+    """Refuse half a surrogate pair, which nothing can store or send: some encodings have it, and JSON's escapes.
+
+    Raises:
+        RequestError: there is one.
+    """
+    try:
+        text.encode()
+    except UnicodeEncodeError as error:
+        raise RequestError("a text must not hold half a surrogate pair.", code="invalid_value") from error
+
+
 async def _read_multipart(request: Request) -> Form:
     try:
         form = await request.form(max_files=MAX_FILES, max_fields=MAX_FIELDS, max_part_size=MAX_FIELD)
@@ -95,6 +111,7 @@ async def _read_multipart(request: Request) -> Form:
         files: dict[str, bytes] = {}
         names: dict[str, str] = {}
         for name, value in form.multi_items():
+            _check_unicode(name + (value if isinstance(value, str) else value.filename or ""))
             if name in fields or name in files:
                 raise RequestError(f"{name[:100]} must be there once.", code="invalid_value", param=name[:100])
             if isinstance(value, UploadFile):

@@ -10,7 +10,7 @@ from poet.bundle import Bundle
 from poet.errors import ConfigError
 from poet_serving.api.guard import ApiKeys
 from poet_serving.api.options import ServeOptions
-from poet_serving.plugin import END_WITH_PARENT
+from poet_serving.plugin import END_WITH_PARENT, register_classes
 from poet_serving.settings import EngineSettings, set_environment
 
 __all__ = ["ENGINE_CLASSES", "serve"]
@@ -60,9 +60,7 @@ def serve(options: ServeOptions) -> None:
         from vllm.utils.argparse_utils import FlexibleArgumentParser
     except ImportError as error:
         raise ConfigError(f"poet serve needs vLLM ({error}). Install openpoet[serve].") from error
-    from poet_serving.plugin import register
-
-    register()
+    register_classes()
     arguments = make_arg_parser(FlexibleArgumentParser()).parse_args([])
     vars(arguments).update(
         settings.causal()

@@ -33,7 +33,7 @@ from poet_serving.api.page_talk import KINDS, Asked, Talk, parse_talk
 from poet_serving.api.service import Service
 from poet_serving.schema import RequestError
 
-__all__ = ["Page"]
+__all__ = ["Page", "Uploads"]
 
 MAX_SAMPLES: Final = 4
 SESSION_SECONDS: Final = 7 * 24 * 3600.0
@@ -173,6 +173,7 @@ class Page:
         The lifespan is entered here because nobody else does it: an application that is mounted in vLLM's has none.
         """
         application = FastAPI(docs_url=None, redoc_url=None, openapi_url=None)
+        size = self._service().models()[0].sizes[0]
         gr.mount_gradio_app(
             application,
             _build(self._service(), self.uploads),
@@ -191,7 +192,7 @@ class Page:
                 font=["system-ui", "sans-serif"],  # gradio's own are fetched from another host
                 font_mono=["ui-monospace", "monospace"],
             ).set(body_text_color_subdued="*neutral_500", body_text_color_subdued_dark="*neutral_400"),
-            css=page_view.CSS,
+            css=f"{page_view.CSS}:root {{ --ratio: {size.replace('x', ' / ')}; }}",
         )
         entered = asyncio.Event()
 
@@ -254,25 +255,28 @@ class Uploads:
 
     Args:
         max_bytes: of all together.
+        max_count: of them.
+        clock: seconds, of any beginning.
     """
 
-    def __init__(self, max_bytes: int) -> None:
-        self._max_bytes = max_bytes
+    def __init__(self, max_bytes: int, max_count: int = 64, clock: Callable[[], float] = time.monotonic) -> None:
+        self._max_bytes, self._max_count, self._clock = max_bytes, max_count, clock
         self._kept: dict[str, tuple[str, bytes, float]] = {}
 
     def put(self, owner: str, content: bytes) -> str:
         """Keep a file; its name is the answer."""
-        token, now = secrets.token_urlsafe(16), time.monotonic()
+        token, now = secrets.token_urlsafe(16), self._clock()
+        self._kept = {name: kept for name, kept in self._kept.items() if kept[2] > now}
         self._kept[token] = owner, content, now + UPLOAD_SECONDS
-        for old, (_, _, ends) in list(self._kept.items()):
-            if ends < now or sum(len(kept) for _, kept, _ in self._kept.values()) > self._max_bytes:
-                del self._kept[old]
+        total = sum(len(kept[1]) for kept in self._kept.values())
+        while total > self._max_bytes or len(self._kept) > self._max_count:
+            total -= len(self._kept.pop(next(iter(self._kept)))[1])
         return token
 
     def get(self, owner: str, token: str) -> bytes | None:
         """A file of an owner; None where it is gone, or another's."""
         whose, content, ends = self._kept.get(token, ("", b"", 0.0))
-        return content if whose == owner and ends > time.monotonic() else None
+        return content if whose == owner and ends > self._clock() else None
 
     def drop(self, token: str) -> None:
         """Forget a file."""
@@ -358,8 +362,13 @@ def _build(service: Service, uploads: Uploads) -> Any:
         shown = _html("conversation", "", page_view.SCRIPT)
         with gr.Column(elem_id="composer"):
             with gr.Row(elem_id="line"):
-                file = _html("attach", page_view.ATTACH, page_view.ATTACH_SCRIPT)
-                file.visible = tasks is None or not TAKES_FILES.isdisjoint(tasks)
+                file = _html(
+                    "attach",
+                    page_view.ATTACH,
+                    page_view.ATTACH_SCRIPT,
+                    visible=tasks is None or not TAKES_FILES.isdisjoint(tasks),
+                    limit=service.limits.body_bytes,
+                )
                 said = gr.Textbox(
                     elem_id="said",
                     placeholder="Describe a clip",
@@ -385,8 +394,8 @@ def _build(service: Service, uploads: Uploads) -> Any:
     return blocks
 
 
-def _html(name: str, template: str, script: str) -> Any:
-    return gr.HTML(elem_id=name, html_template=template, js_on_load=script, apply_default_css=False)
+def _html(name: str, template: str, script: str, **props: Any) -> Any:
+    return gr.HTML(elem_id=name, html_template=template, js_on_load=script, apply_default_css=False, **props)
 
 
 def _controls(service: Service) -> list[Any]:

@@ -40,7 +40,7 @@ def view(talk: Talk, examples: Sequence[str], edits: Sequence[str]) -> list[Part
 def _welcome(examples: Sequence[str]) -> str:
     chips = f"<p class='hint'>Try one:</p><div class='chips'>{_chips(examples)}</div>" if examples else ""
     return (
-        "<h2>What shall happen?</h2><p>Describe a short clip and what is heard in it. Then say what to change: "
+        "<h2>What should happen?</h2><p>Describe a short clip and what is heard in it. Then say what to change: "
         f"each answer takes up the one before.</p>{chips}"
     )
 
@@ -126,8 +126,8 @@ def _text(value: str) -> str:
 
 _LINE: Final = "fill='none' stroke='currentColor' stroke-width='2' stroke-linecap='round' stroke-linejoin='round'"
 _ICONS: Final = {
-    "file": f"<svg viewBox='0 0 24 24' {_LINE} aria-hidden='true'><path d='M20 11l-8.5 8.5a5 5 0 0 1-7-7L13 4a3.3 3.3 0 "
-    "0 1 4.7 4.7l-8.5 8.4a1.6 1.6 0 0 1-2.3-2.3L14.5 7'/></svg>",
+    "file": f"<svg viewBox='0 0 24 24' {_LINE} aria-hidden='true'><path d='M20 11l-8.5 8.5a5 5 0 0 1-7-7L13 4"
+    "a3.3 3.3 0 0 1 4.7 4.7l-8.5 8.4a1.6 1.6 0 0 1-2.3-2.3L14.5 7'/></svg>",
     "download": f"<svg viewBox='0 0 24 24' {_LINE} aria-hidden='true'><path d='M12 4v11m-5-4 5 5 5-5M5 20h14'/></svg>",
 }
 
@@ -242,31 +242,38 @@ element.addEventListener('click', event => { if (event.target.closest('[data-new
 ATTACH_SCRIPT: Final = """
 const input = element.querySelector('input'), box = element.querySelector('.attached');
 const picture = box.querySelector('img'), label = box.querySelector('span');
-let local = null;
+let local = null, note = '';
 function show() {
   const value = props.value;
-  box.hidden = !value;
-  label.textContent = value ? value.name : '';
-  if (!value && local) { URL.revokeObjectURL(local); local = null; }
+  box.hidden = !value && !note;
+  label.textContent = value ? value.name : note;
   picture.hidden = !(value && local);
   if (local) picture.src = local;
 }
-async function send(file) {
+function take(value, said, file) {
   if (local) URL.revokeObjectURL(local);
-  local = file.type.startsWith('image/') ? URL.createObjectURL(file) : null;
-  box.hidden = false; picture.hidden = true; label.textContent = 'Sending ' + file.name + ' …';
-  let said = 'The file could not be sent.';
+  local = file && file.type.startsWith('image/') ? URL.createObjectURL(file) : null;
+  note = said.charAt(0).toUpperCase() + said.slice(1);
+  props.value = value;
+  show();
+}
+async function send(file) {
+  // A server that hangs up while a browser is still sending is not heard.
+  if (file.size > props.limit) {
+    return take(null, `the file must have at most ${(props.limit / 2 ** 20).toFixed(1)} MB.`);
+  }
+  take(null, `sending ${file.name} …`);
+  let said = 'the file could not be sent.';
   try {
     const answer = await fetch('page/uploads', {method: 'POST', body: file});
     const body = await answer.json();
-    if (answer.ok) { props.value = {token: body.token, name: file.name.slice(0, 200)}; show(); return; }
+    if (answer.ok) return take({token: body.token, name: file.name.slice(0, 200)}, '', file);
     said = body.error.message;
   } catch (error) { /* the sentence above says it */ }
-  props.value = null; show();
-  box.hidden = false; label.textContent = said.charAt(0).toUpperCase() + said.slice(1);
+  take(null, said);
 }
 element.querySelector('.attach').addEventListener('click', () => input.click());
-box.querySelector('button').addEventListener('click', () => { props.value = null; show(); });
+box.querySelector('button').addEventListener('click', () => take(null, ''));
 input.addEventListener('change', () => { if (input.files[0]) send(input.files[0]); input.value = ''; });
 document.addEventListener('dragover', event => event.preventDefault());
 document.addEventListener('drop', event => {
@@ -316,8 +323,8 @@ CSS: Final = """
 .said .file:not(:last-child) { margin-bottom: 6px; }
 .said .file img { display: block; width: 120px; height: 120px; object-fit: cover; border-radius: 10px;
   margin-bottom: 6px; }
-.answer { display: grid; grid-template-columns: repeat(1, minmax(0, 400px)); gap: 14px; }
-.answer.count2 { grid-template-columns: repeat(2, minmax(0, 1fr)); }
+.answer { display: grid; grid-template-columns: repeat(1, minmax(0, 360px)); gap: 14px; }
+.answer.count2 { grid-template-columns: repeat(2, minmax(0, 300px)); }
 .answer.count3 { grid-template-columns: repeat(3, minmax(0, 1fr)); }
 .answer.count4 { grid-template-columns: repeat(4, minmax(0, 1fr)); }
 .answer .prompt, .answer .error { grid-column: 1 / -1; }
@@ -327,7 +334,8 @@ CSS: Final = """
 .answer .gone { color: var(--body-text-color-subdued); }
 .answer .text { max-width: 620px; }
 .sample:has(.text) { grid-column: 1 / -1; }
-.tile, .sample video { display: flex; width: 100%; aspect-ratio: var(--ratio, 1); border-radius: 16px; overflow: hidden; }
+.tile, .sample video { display: flex; width: 100%; aspect-ratio: var(--ratio, 1); border-radius: 16px;
+  overflow: hidden; }
 .sample video { background: #0b1020; object-fit: contain; animation: appear .4s var(--ease); }
 .sample audio { width: 100%; }
 .tile { flex-direction: column; align-items: center; justify-content: center; gap: 16px; padding: 16px;
@@ -346,7 +354,7 @@ figure { margin: 0; }
 figcaption { display: flex; flex-wrap: wrap; gap: 2px 10px; padding: 8px 2px 0;
   font-size: 13px; color: var(--body-text-color-subdued); }
 figcaption span { white-space: nowrap; }
-figcaption a { margin-left: auto; color: var(--link-text-color); text-decoration: none; white-space: nowrap; }
+figcaption a { color: var(--link-text-color); text-decoration: none; white-space: nowrap; }
 figcaption a:hover { text-decoration: underline; }
 .edits { margin-top: 2px; animation: appear .4s var(--ease); }
 
@@ -361,15 +369,17 @@ figcaption a:hover { text-decoration: underline; }
   color: var(--body-text-color-subdued); }
 #attach .attach:hover { background: var(--background-fill-secondary); color: var(--body-text-color); }
 #attach .attach svg { width: 21px; height: 21px; }
-#attach .attached { position: absolute; left: 0; bottom: calc(100% + 18px); display: flex; align-items: center; gap: 8px;
-  width: max-content; max-width: min(80vw, 460px); padding: 6px 8px 6px 12px; border-radius: 12px; font-size: 14px;
+#attach .attached { position: absolute; left: 0; bottom: calc(100% + 18px); display: flex; align-items: center;
+  gap: 8px; width: max-content; max-width: min(80vw, 460px); padding: 6px 8px 6px 12px; border-radius: 12px;
+  font-size: 14px;
   border: 1px solid var(--border-color-primary); background: var(--background-fill-primary);
   color: var(--body-text-color); box-shadow: 0 6px 24px -12px rgb(15 23 42 / .25); }
 #attach, #attach .html-container { overflow: visible !important; }
 #attach .attached[hidden], #attach [hidden] { display: none; }
 #attach .attached img { width: 36px; height: 36px; object-fit: cover; border-radius: 8px; }
 #attach .attached span { overflow: hidden; text-overflow: ellipsis; white-space: nowrap; }
-#attach .attached button { width: 24px; height: 24px; border-radius: 50%; cursor: pointer; font-size: 18px; line-height: 1; }
+#attach .attached button { width: 24px; height: 24px; border-radius: 50%; cursor: pointer; font-size: 18px;
+  line-height: 1; }
 #said { flex: 1; min-width: 0 !important; border: 0; background: none; box-shadow: none; overflow: visible; }
 #said textarea { padding: 9px 4px; border: 0; background: none; box-shadow: none; font-size: 16px; line-height: 22px;
   min-height: 40px; }

@@ -319,12 +319,16 @@ class Service:
             if clip.samples is None:
                 raise RequestError("the video has no sound.", code="no_content", param="variant", status=404)
             sound = dataclasses.replace(clip, frames=None)
-            return await asyncio.to_thread(encode_clip, sound, ".wav", result.get("metadata")), "audio/wav"
+            return await self.with_store(self._encode, sound, ".wav", result.get("metadata")), "audio/wav"
         if clip.frames is None:
             raise RequestError("the job wrote a sound, which has no picture.", code="no_content", status=404)
         frames = clip.frames if variant == "spritesheet" else clip.frames[len(clip.frames) // 2][None]
         picture = dataclasses.replace(clip, frames=np.ascontiguousarray(frames), samples=None)
-        return await asyncio.to_thread(encode_clip, picture, ".png"), "image/png"
+        return await self.with_store(self._encode, picture, ".png"), "image/png"
+
+    def _encode(self, clip: Clip, suffix: str, metadata: dict[str, str] | None = None) -> bytes:
+        with self.store.workspace() as folder:
+            return encode_clip(clip, suffix, metadata, folder)
 
     async def finished_clip(self, owner: str, id: str) -> Clip:
         """The clip of a job, at the bundle's size and rates.

@@ -20,6 +20,7 @@ ERRORS: Final[dict[int | str, dict[str, Any]]] = {
     400: {"model": ErrorBody, "description": "The request cannot be carried out; `code` and `param` say why."},
     401: {"model": ErrorBody, "description": "No key, or one that the server does not know."},
     404: {"model": ErrorBody, "description": "There is no such video, or it is another key's."},
+    408: {"model": ErrorBody, "description": "The request was not sent in time."},
     409: {
         "model": ErrorBody,
         "description": "The video is not done, or the Idempotency-Key is another body's.",

@@ -24,6 +24,7 @@ from poet.media import Clip
 from poet_serving.api.finishing import Finisher, clip_file, encode_clip
 from poet_serving.api.metrics import Metrics
 from poet_serving.api.orders import REFERENCE, Order, unpack_clip
+from poet_serving.asynchronous import EngineGoneError
 from poet_serving.jobs import Job, JobError, JobStatus, JobStore
 from poet_serving.schema import RequestError
 
@@ -160,13 +161,13 @@ class Worker:
         try:
             order = Order.from_dict(job.body)
             made = await self._write(job, order)
-            result, files = await asyncio.to_thread(describe, made)
+            result, files = await asyncio.to_thread(self._describe, made)
             kept = await asyncio.to_thread(self._store.complete, job.id, result, files, lasts=self._lasts)
         except asyncio.CancelledError:  # the server ends, or the job was deleted
             await asyncio.shield(asyncio.to_thread(self._store.release, job.id))
             raise
         except Exception as error:  # noqa: BLE001 - whatever goes wrong, the job must end with its reason
-            if not self._engine.is_running:  # not the job's fault
+            if isinstance(error, EngineGoneError) or not self._engine.is_running:  # not the job's fault
                 await asyncio.to_thread(self._store.release, job.id)
                 return
             await self._fail(job, error)
@@ -238,6 +239,10 @@ class Worker:
         path: Path = self._store.file(id, REFERENCE)
         return unpack_clip(path.read_bytes()) if path.exists() else None
 
+    def _describe(self, made: GeneratedClip) -> tuple[dict[str, Any], dict[str, bytes]]:
+        with self._store.workspace() as folder:
+            return describe(made, folder)
+
     async def _sweep(self) -> None:
         while True:
             try:
@@ -250,8 +255,8 @@ class Worker:
             await asyncio.sleep(SWEEP_EVERY)
 
 
-def describe(made: GeneratedClip) -> tuple[dict[str, Any], dict[str, bytes]]:
-    """What a job became, for the store: plain values, and files by name."""
+def describe(made: GeneratedClip, folder: Path) -> tuple[dict[str, Any], dict[str, bytes]]:
+    """What a job became, for the store: plain values, and files by name, which are written in a folder first."""
     result: dict[str, Any] = {"metadata": made.metadata, "prompt": made.request.text, "num_ids": len(made.ids)}
     if made.text is not None:
         result["text"] = made.text
@@ -261,7 +266,7 @@ def describe(made: GeneratedClip) -> tuple[dict[str, Any], dict[str, bytes]]:
     result |= {"file": name, "seconds": made.clip.duration, "has_sound": made.clip.samples is not None}
     if made.clip.frames is not None:
         result["size"] = f"{made.clip.frames.shape[2]}x{made.clip.frames.shape[1]}"
-    return result, {name: encode_clip(made.clip, Path(name).suffix, made.metadata)}
+    return result, {name: encode_clip(made.clip, Path(name).suffix, made.metadata, folder)}
 
 
 def _cut(clip: Clip, seconds: float) -> Clip:
