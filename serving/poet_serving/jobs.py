@@ -340,14 +340,35 @@ class JobStore:
         values = {"error": {"code": code, "message": message}, "expires_at": expires}
         return self._end(id, JobStatus.FAILED, values)
 
-    def release(self, id: str) -> bool:
-        """Give back a job that could not be done for no fault of its own: it waits again, as if never begun."""
+    def release(self, id: str, *, suspect: bool = False) -> bool:
+        """Give back a job that was not done: it waits again.
+
+        Args:
+            id: its name.
+            suspect: whether it may itself be what went wrong, as where the engine ended over it: it counts as begun,
+                and fails once it was begun `MAX_ATTEMPTS` times.
+
+        Returns:
+            Whether it waits again.
+        """
         with self.session(writes=True) as session:
             running = (_Row.id == id) & (_Row.status == JobStatus.IN_PROGRESS)
-            changed = session.execute(
-                update(_Row).where(running).values(status=JobStatus.QUEUED, progress=0, attempts=_Row.attempts - 1)
-            )
-            return bool(changed.rowcount)  # type: ignore[attr-defined]
+            row = session.scalars(select(_Row).where(running).with_for_update()).first()
+            if row is None:
+                return False
+            if not suspect:
+                row.attempts -= 1
+            return self._requeue(row)
+
+    def _requeue(self, row: _Row) -> bool:
+        """Let a job wait again, or fail it if it was begun too often; says whether it waits."""
+        if row.attempts >= MAX_ATTEMPTS:
+            row.status, row.completed_at = JobStatus.FAILED, self._clock()
+            message = f"the server ended {row.attempts} times while it did this job."
+            row.error = {"code": "server_stopped", "message": message}
+            return False
+        row.status, row.progress = JobStatus.QUEUED, 0
+        return True
 
     def delete(self, id: str, owner: str | None = None) -> Job:
         """Remove a job and its files; returns it as it stood.
@@ -373,14 +394,7 @@ class JobStore:
         """
         with self.session(writes=True) as session:
             rows = session.scalars(select(_Row).where(_Row.status == JobStatus.IN_PROGRESS)).all()
-            for row in rows:
-                if row.attempts >= MAX_ATTEMPTS:
-                    row.status, row.completed_at = JobStatus.FAILED, self._clock()
-                    message = f"the server ended {row.attempts} times while it did this job."
-                    row.error = {"code": "server_stopped", "message": message}
-                else:
-                    row.status, row.progress = JobStatus.QUEUED, 0
-            again = sum(row.status == JobStatus.QUEUED for row in rows)
+            again = sum(self._requeue(row) for row in rows)
             known = set(session.scalars(select(_Row.id)).all())
         for path in self.content.iterdir():
             if path.name.startswith(UNFINISHED) or (path.name.startswith("video_") and path.name not in known):

@@ -237,3 +237,18 @@ def test_a_place_that_cannot_be_used_is_told(tmp_path: Path) -> None:
         JobStore(f"sqlite:///{tmp_path / 'nowhere' / 'jobs.db'}", tmp_path / "content")
     with pytest.raises(JobError, match="cannot be kept"):
         JobStore(f"sqlite:///{tmp_path / 'jobs.db'}", tmp_path / "file" / "content")
+
+
+def test_a_job_that_is_given_back_waits_again_unless_it_may_be_what_went_wrong(store: JobStore) -> None:
+    job, _ = store.submit("me", {})
+    for _ in range(2 * MAX_ATTEMPTS):
+        store.claim(1)
+        assert store.release(job.id)
+    for number in range(1, MAX_ATTEMPTS + 1):
+        [taken] = store.claim(1)
+        assert taken.attempts == number
+        assert store.release(job.id, suspect=True) == (number < MAX_ATTEMPTS)
+    failed = store.get(job.id)
+    assert failed.error is not None
+    assert (failed.status, failed.error["code"]) == (JobStatus.FAILED, "server_stopped")
+    assert not store.release(job.id)

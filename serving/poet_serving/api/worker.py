@@ -167,8 +167,9 @@ class Worker:
             await asyncio.shield(asyncio.to_thread(self._store.release, job.id))
             raise
         except Exception as error:  # noqa: BLE001 - whatever goes wrong, the job must end with its reason
-            if isinstance(error, EngineGoneError) or not self._engine.is_running:  # not the job's fault
-                await asyncio.to_thread(self._store.release, job.id)
+            if isinstance(error, EngineGoneError) or not self._engine.is_running:
+                # The server ends: as it was told to, or because this job is more than its engine can bear.
+                await asyncio.to_thread(self._store.release, job.id, suspect=True)
                 return
             await self._fail(job, error)
             return
