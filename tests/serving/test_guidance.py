@@ -183,13 +183,14 @@ def test_a_first_half_waits_for_the_second_while_others_are_written(engine: VLLM
 
 
 def test_an_engine_without_room_for_a_pair_refuses_guidance(bundle: Path, engine: VLLMEngine) -> None:
-    engine._takes_pairs = False
+    room = engine._settings
+    engine._settings = dataclasses.replace(room, num_cache_blocks=room.pair_blocks - 1)
     try:
         with pytest.raises(ConfigError, match="max_num_seqs must be at least 2"):
             engine.generate([request_of(1)])
         check_output(GRAMMAR, engine.generate([request_of(1, scale=1.0)])[0])
     finally:
-        engine._takes_pairs = True
+        engine._settings = room
 
 
 def test_a_guide_that_cannot_be_served_is_refused(engine: VLLMEngine) -> None:
