@@ -185,6 +185,8 @@ class JobStore:
         files: Mapping[str, bytes] | None = None,
         idempotency_key: str | None = None,
         asked: Mapping[str, Any] | None = None,
+        max_open: int | None = None,
+        max_queued: int | None = None,
     ) -> tuple[Job, bool]:
         """Accept a job; when this returns it is stored.
 
@@ -194,12 +196,15 @@ class JobStore:
             files: that belong to it, by plain names.
             idempotency_key: the caller's own name for the request: a second one gets the job of the first.
             asked: by what two requests of one key are told to be the same; None: by their bodies.
+            max_open: jobs of the owner that may wait or be at work, this one included; None: any number.
+            max_queued: jobs of all owners that may wait, this one included; None: any number.
 
         Returns:
             The job, and whether it is new.
 
         Raises:
-            JobError: the key was used for another request, or the store cannot be written.
+            JobError: the key was used for another request, there is no room ("too_many_jobs", "queue_full"), or the
+                store cannot be written.
         """
         digest = _digest(body if asked is None else asked, files)
         if idempotency_key is not None and (known := self._of_key(owner, idempotency_key, digest)) is not None:
@@ -209,6 +214,7 @@ class JobStore:
             if files:
                 self.put_files(name, files)
             with self.session(writes=True) as session:
+                _check_room(session, owner, max_open, max_queued)
                 row = _Row(
                     id=name,
                     owner=owner,
@@ -539,6 +545,18 @@ class JobStore:
                 raise
             except SQLAlchemyError as error:
                 raise JobError(f"the jobs' database cannot be used: {error}", "store_unavailable") from error
+
+
+def _check_room(session: Session, owner: str, max_open: int | None, max_queued: int | None) -> None:
+    """Count inside the transaction that adds a job, so that many at once do not all find the last place free."""
+    waiting = _Row.status == JobStatus.QUEUED
+    if max_open is not None:
+        is_open = (_Row.owner == owner) & (waiting | (_Row.status == JobStatus.IN_PROGRESS))
+        if int(session.scalars(select(func.count()).where(is_open)).one()) >= max_open:
+            message = f"a key must have at most {max_open} jobs at a time. Wait for some to end."
+            raise JobError(message, "too_many_jobs")
+    if max_queued is not None and int(session.scalars(select(func.count()).where(waiting)).one()) >= max_queued:
+        raise JobError("the queue is full.", "queue_full")
 
 
 def _job(row: _Row) -> Job:

@@ -252,3 +252,28 @@ def test_a_job_that_is_given_back_waits_again_unless_it_may_be_what_went_wrong(s
     assert failed.error is not None
     assert (failed.status, failed.error["code"]) == (JobStatus.FAILED, "server_stopped")
     assert not store.release(job.id)
+
+
+def test_many_at_once_do_not_all_take_the_last_place(store: JobStore) -> None:
+    refused: list[str] = []
+
+    def ask() -> None:
+        try:
+            store.submit("me", {}, max_open=3, max_queued=5)
+        except JobError as error:
+            refused.append(error.code)
+
+    threads = [threading.Thread(target=ask) for _ in range(12)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    assert store.count(JobStatus.QUEUED) == 3
+    assert refused == ["too_many_jobs"] * 9
+    for number in range(2):
+        store.submit(f"other {number}", {}, max_open=3, max_queued=5)
+    with pytest.raises(JobError) as full:
+        store.submit("another", {}, max_open=3, max_queued=5)
+    assert full.value.code == "queue_full"
+    known, _ = store.submit("one more", {}, idempotency_key="k")
+    assert store.submit("one more", {}, idempotency_key="k", max_open=1, max_queued=5) == (known, False)

@@ -121,7 +121,11 @@ def test_clients_carry_every_clip_through_and_send_again_what_was_refused(
             load = script.Load(running.url, ["a red star", "a blue box"], bundle.geometry().duration, tmp_path, "k")
             load.up.set()
             async with httpx.AsyncClient(trust_env=False, timeout=60) as http:
+                running.hold.clear()  # so that the third client finds two jobs at work
                 clients = [asyncio.create_task(load.client(http)) for _ in range(3)]
+                while not load.answers["429"]:
+                    await asyncio.sleep(0.05)
+                running.hold.set()
                 while sum(one.status == "completed" for one in load.asked) < 3:
                     await asyncio.sleep(0.05)
                 load.is_ending = True

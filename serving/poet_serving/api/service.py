@@ -130,7 +130,8 @@ class Service:
             RequestError: it cannot be carried out, or there is no room for it.
         """
         check_model(body, (self.name,))
-        await self._check_room(owner)
+        if idempotency_key is None:  # a known key is answered also where there is no room
+            await self._check_room(owner)
         if reference is None and body.input_reference is not None:
             reference = await self._content(owner, body.input_reference)
         task = body.task
@@ -146,7 +147,14 @@ class Service:
         await asyncio.to_thread(self._check, order, clip)
         files = {} if clip is None else {REFERENCE: pack_clip(clip)}
         job, is_new = await self.with_store(
-            self.store.submit, owner, order.to_dict(), files=files, idempotency_key=idempotency_key, asked=asked
+            self.store.submit,
+            owner,
+            order.to_dict(),
+            files=files,
+            idempotency_key=idempotency_key,
+            asked=asked,
+            max_open=self.limits.open_jobs,
+            max_queued=self.limits.queue,
         )
         if is_new:
             self.worker.wake()
@@ -160,14 +168,13 @@ class Service:
         return await asyncio.to_thread(path.read_bytes)
 
     async def _check_room(self, owner: str) -> None:
+        """Refuse what there is no room for before it is opened; the store counts again when it takes it."""
         open_jobs = 0
         for status in (JobStatus.QUEUED, JobStatus.IN_PROGRESS):
             open_jobs += await self.with_store(self.store.count, status, owner)
         if open_jobs >= self.limits.open_jobs:
             message = f"a key must have at most {self.limits.open_jobs} jobs at a time. Wait for some to end."
             raise TooMany(message, "too_many_jobs", _BUSY)
-        if await self.with_store(self.store.count, JobStatus.QUEUED) >= self.limits.queue:
-            raise TooMany("the queue is full.", "queue_full", _BUSY)
 
     def _check(self, order: Order, clip: Clip | None) -> None:
         """Find out now whether it can be carried out."""
@@ -392,4 +399,6 @@ class Service:
 
 def store_error(error: JobError) -> RequestError:
     """The store's errors, as a program reads them."""
+    if error.code in ("too_many_jobs", "queue_full"):
+        return TooMany(str(error), error.code, _BUSY)
     return RequestError(str(error), code=error.code, status=_STORE_CODES.get(error.code, 500))
