@@ -75,6 +75,7 @@ class Worker:
         self._capacity, self._lasts, self._max_bytes = capacity, lasts, max_bytes
         self._finisher = Finisher(pipeline)
         self._wake = asyncio.Event()
+        self._is_ending = False  # without an engine every job would be begun and given back, again and again
         self._tasks: dict[str, asyncio.Task[None]] = {}
         self._progress: dict[str, int] = {}
         self._watchers: dict[str, list[asyncio.Future[None]]] = {}
@@ -128,7 +129,7 @@ class Worker:
         """Take jobs while there is room for them."""
         while True:
             self._wake.clear()
-            room = self._capacity - len(self._tasks)
+            room = 0 if self._is_ending else self._capacity - len(self._tasks)
             try:
                 jobs = await asyncio.to_thread(self._store.claim, room) if room > 0 else []
                 self._metrics.queued.set(await asyncio.to_thread(self._store.count, JobStatus.QUEUED))
@@ -169,6 +170,7 @@ class Worker:
         except Exception as error:  # noqa: BLE001 - whatever goes wrong, the job must end with its reason
             if isinstance(error, EngineGoneError) or not self._engine.is_running:
                 # The server ends: as it was told to, or because this job is more than its engine can bear.
+                self._is_ending = True
                 await asyncio.to_thread(self._store.release, job.id, suspect=True)
                 return
             await self._fail(job, error)
