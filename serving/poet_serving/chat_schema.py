@@ -14,7 +14,7 @@ from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, ValidationEr
 
 from poet.generation.canvas import Order
 from poet.generation.maskgit import Schedule
-from poet_serving.schema import MAX_PROMPT, Amount, Fraction01, RequestError
+from poet_serving.schema import MAX_PROMPT, Amount, Fraction01, Loc, RequestError, first_error
 
 __all__ = [
     "AssistantMessage",
@@ -244,21 +244,20 @@ class ChatBody(BaseModel):
         try:
             return cls.model_validate(value)
         except ValidationError as error:
-            first = error.errors(include_url=False, include_context=False)[0]
-            # After a list's index comes the name of the model that was tried, which is in no body.
-            loc = [
-                part
-                for before, part in zip((None, *first["loc"]), first["loc"], strict=False)
-                if isinstance(part, int) or not isinstance(before, int)
-            ]
-            param = ".".join(str(part) for part in loc) or None
-            code = "unknown_parameter" if first["type"] == "extra_forbidden" else "invalid_value"
-            raise RequestError(f"{param or 'the body'}: {first['msg']}", code=code, param=param) from None
+            raise first_error(error, _without_tried_models) from None
 
     @property
     def wants_text(self) -> bool:
         """Whether text alone is asked for."""
         return set(self.modalities) == {"text"}
+
+
+def _without_tried_models(loc: Loc) -> Loc:
+    """After a list's index pydantic names the model that it tried, which is in no body."""
+    before = (None, *loc)
+    return tuple(
+        part for last, part in zip(before, loc, strict=False) if isinstance(part, int) or not isinstance(last, int)
+    )
 
 
 def _without_openai_fields(value: Mapping[str, Any]) -> dict[str, Any]:

@@ -6,7 +6,7 @@ requests; it does not know HTTP, jobs, or files but those that a reference has b
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Annotated, Any, Literal
 
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator
@@ -24,11 +24,13 @@ from poet.tasks import TASKS, get_task
 
 __all__ = [
     "InputReference",
+    "Loc",
     "RequestError",
     "VideoBody",
     "build_request",
     "check_model",
     "error_body",
+    "first_error",
     "to_clip_request",
 ]
 
@@ -36,6 +38,7 @@ MAX_PROMPT = 32_768
 _SECONDS_SLACK = 0.5  # a clip of 2.125 seconds answers to "2"
 
 Fraction01 = Annotated[float, Field(gt=0, le=1, allow_inf_nan=False)]
+Loc = tuple[int | str, ...]
 Amount = Annotated[float, Field(ge=0, allow_inf_nan=False)]
 
 
@@ -57,6 +60,19 @@ class RequestError(PoetError, ValueError):
     def body(self) -> dict[str, Any]:
         """OpenAI's error object."""
         return error_body(str(self), code=self.code, param=self.param, status=self.status)
+
+
+def first_error(error: ValidationError, place: Callable[[Loc], Loc] = tuple) -> RequestError:
+    """The first of what is wrong with a body, as a program reads it.
+
+    Args:
+        error: of pydantic.
+        place: from where pydantic found it to the names and indices in the body.
+    """
+    first = error.errors(include_url=False, include_context=False)[0]
+    param = ".".join(map(str, place(first["loc"]))) or None
+    code = "unknown_parameter" if first["type"] == "extra_forbidden" else "invalid_value"
+    return RequestError(f"{param or 'the body'}: {first['msg']}", code=code, param=param)
 
 
 def error_body(message: str, *, code: str, param: str | None = None, status: int = 400) -> dict[str, Any]:
@@ -146,11 +162,7 @@ class VideoBody(BaseModel):
         try:
             return cls.model_validate(value)
         except ValidationError as error:
-            first = error.errors(include_url=False, include_context=False)[0]
-            param = ".".join(str(part) for part in first["loc"]) or None
-            code = "unknown_parameter" if first["type"] == "extra_forbidden" else "invalid_value"
-            where = "the body" if param is None else param
-            raise RequestError(f"{where}: {first['msg']}", code=code, param=param) from None
+            raise first_error(error) from None
 
 
 def to_clip_request(body: VideoBody, bundle: Bundle, files: GivenFiles, names: tuple[str, ...] = ()) -> ClipRequest:
