@@ -132,8 +132,8 @@ def test_a_server_writes_what_the_reference_writes_and_survives_a_kill(bundle: B
         process.send_signal(signal.SIGTERM)
         assert process.wait(60) in (0, -signal.SIGTERM)
     store = JobStore(f"sqlite:///{data / 'jobs.sqlite'}", data / "content")
-    standing = {store.get(id).status for id in more}
+    left = [store.get(id) for id in more]
     store.close()
     # Told to end, it gives back what it has begun, and fails nothing.
-    assert standing <= {JobStatus.COMPLETED, JobStatus.QUEUED, JobStatus.IN_PROGRESS}
-    assert JobStatus.COMPLETED not in standing or len(standing) > 1
+    assert not [job.error for job in left if job.error is not None], data.with_suffix(".log").read_text()[-4000:]
+    assert any(job.status is not JobStatus.COMPLETED for job in left)

@@ -126,6 +126,20 @@ def is_gone(pid: int) -> bool:
     return state_of(pid) in ("", "Z")
 
 
+def stopped_child(pid: int) -> int:
+    """A child of a process that starts one after the other, caught and stopped."""
+    until = time.monotonic() + 60
+    while time.monotonic() < until:
+        for child in children(pid):
+            with contextlib.suppress(ProcessLookupError):
+                os.kill(child, signal.SIGSTOP)
+                wait_until(lambda: state_of(child) in ("T", "", "Z"))  # noqa: B023 - called at once
+            if state_of(child) == "T":
+                return child
+        time.sleep(0.001)
+    raise AssertionError("it never had a child that could be stopped")
+
+
 def wait_until(condition: Callable[[], bool], seconds: float = 10.0) -> None:
     until = time.monotonic() + seconds
     while not condition():
@@ -516,14 +530,15 @@ def test_no_process_outlives_a_server_that_was_killed(tmp_path: Path, slow: Path
     with subprocess.Popen(command, stdout=subprocess.PIPE, env=environment) as parent:
         assert parent.stdout is not None
         assert parent.stdout.readline() == b"ready\n"
-        (template,) = children(parent.pid)
-        wait_until(lambda: children(template) != [])
-        (fork,) = children(template)
-        for pid in (fork, template) if all_hang else (fork,):
-            os.kill(pid, signal.SIGSTOP)  # it can notice nothing by itself
-        assert not is_gone(template)
-        parent.kill()
-        parent.wait()
+        try:
+            (template,) = children(parent.pid)
+            fork = stopped_child(template)
+            if all_hang:
+                os.kill(template, signal.SIGSTOP)  # it can notice nothing by itself
+            assert not is_gone(template)
+        finally:
+            parent.kill()
+            parent.wait()
     wait_until(lambda: is_gone(template) and is_gone(fork), 5)
     assert list((tmp_path / "scratch").iterdir()) == []
 

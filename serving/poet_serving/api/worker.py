@@ -33,6 +33,7 @@ __all__ = ["Worker", "Writes"]
 _log = logging.getLogger(__name__)
 
 SWEEP_EVERY: Final = 60.0  # seconds
+ENDING: Final = 2.0  # seconds, at most, from an engine's first error to its being known as gone
 _EPSILON: Final = 1e-6
 
 
@@ -168,7 +169,7 @@ class Worker:
             await asyncio.shield(asyncio.to_thread(self._store.release, job.id))
             raise
         except Exception as error:  # noqa: BLE001 - whatever goes wrong, the job must end with its reason
-            if isinstance(error, EngineGoneError) or not self._engine.is_running:
+            if await self._has_gone(error):
                 # The server ends: as it was told to, or because this job is more than its engine can bear.
                 self._is_ending = True
                 await asyncio.to_thread(self._store.release, job.id, suspect=True)
@@ -178,6 +179,15 @@ class Worker:
         if kept:
             self._metrics.ended.labels("completed").inc()
             self._metrics.clip.observe(time.monotonic() - begun)
+
+    async def _has_gone(self, error: Exception) -> bool:
+        """Whether an error is that of an engine that ends; its sockets are closed a moment before it says so."""
+        if isinstance(error, EngineGoneError) or not self._engine.is_running:
+            return True
+        if isinstance(error, PoetError):
+            return False
+        await asyncio.sleep(ENDING)
+        return not self._engine.is_running
 
     async def _fail(self, job: Job, error: Exception) -> None:
         if isinstance(error, RequestError):
