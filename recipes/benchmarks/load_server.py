@@ -237,7 +237,8 @@ async def list_all(http: httpx.AsyncClient, url: str) -> list[dict[str, Any]]:
         if answer.status_code == 429:
             await asyncio.sleep(1)
             continue
-        answer.raise_for_status()
+        if answer.status_code != 200:
+            sys.exit(f"GET /v1/videos: {answer.status_code} {answer.text[:200]}")
         page = answer.json()
         found += page["data"]
         if not page["has_more"]:
@@ -461,7 +462,7 @@ def measure(bundle: Bundle, options: argparse.Namespace, folder: Path) -> tuple[
     from poet.data.toybox import draw
 
     captions = [draw("seen", index).caption for index in range(NUM_CAPTIONS)]
-    arguments = ["--batch-size", str(options.batch_size), "--no-page", "--model", str(bundle.path)]
+    arguments = ["--batch-size", str(options.batch_size), "--model", str(bundle.path)]
     server = ServerProcess(folder, arguments)
     name = f"load-{os.getpid()}-{time.time_ns()}"
     stopped: tuple[int | None, list[str]] = (None, [])

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import time
 from typing import Annotated, Any, Final, Literal
 
 from fastapi import APIRouter, Header, Query, Request
@@ -30,7 +31,8 @@ ERRORS: Final[dict[int | str, dict[str, Any]]] = {
     429: {"model": ErrorBody, "description": "Too many requests or jobs; `Retry-After` says when to come again."},
     503: {"model": ErrorBody, "description": "The store of jobs cannot be used."},
 }
-POLL_AFTER: Final = "500"  # milliseconds after which a client is told to ask again
+POLL_SHARE: Final = 0.1  # of its age a job is waited for before it is asked for again
+POLL_SECONDS: Final = (0.25, 5.0)  # at least and at most
 
 IdempotencyKey = Annotated[
     str | None,
@@ -109,8 +111,9 @@ async def create(request: Request, response: Response, idempotency_key: Idempote
     upload = form.files.get("input_reference")
     if upload is not None and body.input_reference is not None:
         raise RequestError("input_reference must be there once.", code="invalid_value", param="input_reference")
-    response.headers["openai-poll-after-ms"] = POLL_AFTER
-    return await service_of(request).submit(owner_of(request), body, reference=upload, idempotency_key=idempotency_key)
+    service = service_of(request)
+    video = await service.submit(owner_of(request), body, reference=upload, idempotency_key=idempotency_key)
+    return _with_hint(response, video)
 
 
 @router.get("", response_model=VideoList, responses=ERRORS, summary="List your videos")
@@ -140,14 +143,14 @@ async def edit(request: Request, response: Response, idempotency_key: Idempotenc
     """A video again, changed as the prompt says. Of an upload only its first picture is kept."""
     form = await read_form(request)
     id, upload = _source(form, {"prompt", "video"})
-    response.headers["openai-poll-after-ms"] = POLL_AFTER
-    return await service_of(request).edit(
+    video = await service_of(request).edit(
         owner_of(request),
         form.field("prompt", str, required=True),
         id=id,
         upload=upload,
         idempotency_key=idempotency_key,
     )
+    return _with_hint(response, video)
 
 
 @router.post(
@@ -165,8 +168,7 @@ async def extend(request: Request, response: Response, idempotency_key: Idempote
     """A video and what comes after it, stitched."""
     form = await read_form(request)
     id, upload = _source(form, {"prompt", "video", "seconds"})
-    response.headers["openai-poll-after-ms"] = POLL_AFTER
-    return await service_of(request).extend(
+    video = await service_of(request).extend(
         owner_of(request),
         form.field("prompt", str),
         form.field("seconds", float),
@@ -174,13 +176,13 @@ async def extend(request: Request, response: Response, idempotency_key: Idempote
         upload=upload,
         idempotency_key=idempotency_key,
     )
+    return _with_hint(response, video)
 
 
 @router.get("/{video_id}", response_model=VideoObject, responses=ERRORS, summary="Look a video up")
 async def retrieve(request: Request, response: Response, video_id: str) -> VideoObject:
     """A video as it stands, with its progress."""
-    response.headers["openai-poll-after-ms"] = POLL_AFTER
-    return await service_of(request).get(owner_of(request), video_id)
+    return _with_hint(response, await service_of(request).get(owner_of(request), video_id))
 
 
 @router.delete("/{video_id}", response_model=DeletedObject, responses=ERRORS, summary="Delete a video")
@@ -244,9 +246,16 @@ async def remix(
     """The same seed and settings; a prompt that says what to change edits the video's own, a whole one replaces it."""
     form = await read_form(request)
     _check_fields(form, {"prompt"})
-    response.headers["openai-poll-after-ms"] = POLL_AFTER
     prompt = form.field("prompt", str, required=True)
-    return await service_of(request).remix(owner_of(request), video_id, prompt, idempotency_key)
+    return _with_hint(response, await service_of(request).remix(owner_of(request), video_id, prompt, idempotency_key))
+
+
+def _with_hint(response: Response, video: VideoObject) -> VideoObject:
+    """Say when to ask for a video again: later the longer it takes, so that many who wait leave the server its time."""
+    least, most = POLL_SECONDS
+    seconds = min(most, max(least, POLL_SHARE * (time.time() - video.created_at)))
+    response.headers["openai-poll-after-ms"] = str(round(1000 * seconds))
+    return video
 
 
 def _source(form: Form, known: set[str]) -> tuple[str | None, bytes | None]:
