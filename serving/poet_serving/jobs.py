@@ -32,10 +32,11 @@ from sqlalchemy import (
     delete,
     event,
     func,
+    make_url,
     select,
     update,
 )
-from sqlalchemy.exc import IntegrityError, SQLAlchemyError
+from sqlalchemy.exc import ArgumentError, IntegrityError, SQLAlchemyError
 from sqlalchemy.orm import DeclarativeBase, Mapped, Session, mapped_column
 
 from poet.errors import ConfigError, PoetError
@@ -46,6 +47,7 @@ __all__ = ["Base", "Job", "JobError", "JobStatus", "JobStore"]
 MAX_ATTEMPTS: Final = 3
 UNFINISHED: Final = ".unfinished-"
 WRITES: Final = "poet_writes"  # an execution option of ours
+_WRITER: Final = 0x706F6574  # PostgreSQL's number of the lock that whoever writes holds
 
 
 class JobError(PoetError, RuntimeError):
@@ -156,13 +158,18 @@ class JobStore:
         except (OSError, ConfigError) as error:
             raise JobError(f"jobs cannot be kept in {content}: {error}", "store_unavailable") from error
         try:
-            self._engine = create_engine(url)
+            self._engine = create_engine(url, pool_pre_ping=True)  # a database that was started again is no trouble
             if self._engine.dialect.name == "sqlite":
                 _make_sqlite_durable(self._engine)
             Base.metadata.create_all(self._engine)
+        except ImportError as error:
+            self._lock.close()
+            message = f"jobs cannot be kept in {_without_password(url)}: its driver is missing ({error}). "
+            message += "For PostgreSQL install openpoet[postgresql]."
+            raise JobError(message, "store_unavailable") from error
         except SQLAlchemyError as error:
             self._lock.close()
-            raise JobError(f"jobs cannot be kept in {url}: {error}", "store_unavailable") from error
+            raise JobError(f"jobs cannot be kept in {_without_password(url)}: {error}", "store_unavailable") from error
 
     def add_tables(self) -> None:
         """Make the tables of `Base` that are missing."""
@@ -540,11 +547,20 @@ class JobStore:
         with Session(self._engine.execution_options(**{WRITES: writes}), expire_on_commit=False) as session:
             try:
                 with session.begin():
+                    if writes and self._engine.dialect.name == "postgresql":  # SQLite's own lock is taken at BEGIN
+                        session.execute(select(func.pg_advisory_xact_lock(_WRITER)))
                     yield session
             except IntegrityError:
                 raise
             except SQLAlchemyError as error:
                 raise JobError(f"the jobs' database cannot be used: {error}", "store_unavailable") from error
+
+
+def _without_password(url: str) -> str:
+    try:
+        return make_url(url).render_as_string(hide_password=True)
+    except ArgumentError:
+        return "a database whose URL cannot be read"
 
 
 def _check_room(session: Session, owner: str, max_open: int | None, max_queued: int | None) -> None:

@@ -1,6 +1,8 @@
 """`poet serve` as it is, vLLM's engine in a process of its own: started, used, killed, started again."""
 
 import contextlib
+import dataclasses
+import json
 import os
 import signal
 import socket
@@ -16,6 +18,7 @@ import openai
 import pytest
 
 from poet.bundle import Bundle
+from poet.generation.canvas import ParallelDecoding
 from poet.generation.engine import TorchEngine
 from poet.generation.pipeline import ClipRequest, Pipeline
 from poet.generation.sampling import SamplingConfig
@@ -29,6 +32,8 @@ CONFIG = {"head_dim": 32}  # what vLLM takes
 @pytest.fixture(scope="module")
 def bundle(tmp_path_factory: pytest.TempPathFactory) -> Bundle:
     made = tiny_bundle(tmp_path_factory.mktemp("made") / "tiny", config=CONFIG)
+    file = made.path / "config.json"
+    file.write_text(json.dumps(json.loads(file.read_text()) | {"trained_parallel": True}))
     tiny_upsampler(made, made.path / "upsampler")
     return Bundle.open(made.path)
 
@@ -89,7 +94,7 @@ def ids_of(video: Any) -> str:
     return str(video.model_extra["metadata"]["ids_sha256"])
 
 
-@pytest.mark.timeout(900)  # two starts of a server with two engines, also on a busy machine
+@pytest.mark.timeout(900)  # two starts of a server with three engines, also on a busy machine
 def test_a_server_writes_what_the_reference_writes_and_survives_a_kill(bundle: Bundle, tmp_path: Path) -> None:
     greedy = {"temperature": 0.0, "seed": 1}
     requests = [
@@ -101,13 +106,16 @@ def test_a_server_writes_what_the_reference_writes_and_survives_a_kill(bundle: B
     guided = ClipRequest(
         task="text_to_video_audio", text=PROMPT, sampling=SamplingConfig(temperature=0, seed=1, guidance_scale=3.0)
     )
+    parallel = dataclasses.replace(guided, decoding=ParallelDecoding(num_steps=4))
     with TorchEngine(bundle.path) as engine:
-        wanted = [made.metadata["ids_sha256"] for made in Pipeline(bundle, engine).generate([*requests, guided])]
+        made = Pipeline(bundle, engine).generate([*requests, guided, parallel])
+        wanted = [clip.metadata["ids_sha256"] for clip in made]
     data = tmp_path / "data"
     with serving(bundle, data, "--dtype", "float32") as (process, url):
         client = openai.OpenAI(base_url=f"{url}/v1", api_key="x", max_retries=0)
         jobs = [client.videos.create(prompt=f"{PROMPT} {number}", extra_body=greedy) for number in range(3)]
-        jobs.append(client.videos.create(prompt=PROMPT, extra_body=greedy | {"guidance_scale": 3.0}))
+        for more in ({}, {"decoding": "parallel", "steps": 4}):
+            jobs.append(client.videos.create(prompt=PROMPT, extra_body=greedy | {"guidance_scale": 3.0} | more))
         assert [ids_of(client.videos.poll(job.id)) for job in jobs] == wanted
         larger = client.videos.create(prompt=PROMPT, extra_body=greedy | {"size": "80x48"})
         assert client.videos.poll(larger.id).size == "80x48"
@@ -126,7 +134,7 @@ def test_a_server_writes_what_the_reference_writes_and_survives_a_kill(bundle: B
         videos = [client.videos.poll(id) for id in accepted]
         assert [ids_of(video) for video in videos[:3]] == wanted[:3]
         assert all(video.status == "completed" for video in videos)
-        assert len(list(client.videos.list(limit=100))) == len(accepted) + 5
+        assert len(list(client.videos.list(limit=100))) == len(accepted) + 6
         more = [client.videos.create(prompt=f"{PROMPT} {number}").id for number in range(40)]
         until(lambda: client.videos.retrieve(more[0]).status != "queued", 30)
         process.send_signal(signal.SIGTERM)

@@ -1,8 +1,13 @@
 """What several tests of the server share."""
 
 import importlib.util
+import os
+import shutil
+import subprocess
+import tempfile
 from collections.abc import Callable, Iterator
 from pathlib import Path
+from typing import Any
 
 import pytest
 
@@ -17,3 +22,41 @@ def malformed_uploads() -> Callable[[int, int], Iterator[tuple[str, bytes]]]:
     spec.loader.exec_module(module)
     made: Callable[[int, int], Iterator[tuple[str, bytes]]] = module.malformed_uploads
     return made
+
+
+@pytest.fixture(scope="session")
+def postgresql() -> Iterator[Callable[[], str]]:
+    """A PostgreSQL server of our own, reached by a socket: each call makes a new database and returns its URL."""
+    programs = [*Path("/usr/lib/postgresql").glob("*/bin"), *map(Path, os.environ["PATH"].split(os.pathsep))]
+    found = next(
+        (folder for folder in programs if (folder / "initdb").exists() and (folder / "postgres").exists()), None
+    )
+    if found is None:
+        pytest.skip("needs PostgreSQL's initdb and postgres")
+    folder = Path(tempfile.mkdtemp(prefix="poet-postgresql-"))
+    user = {"user": "nobody", "group": "nogroup", "extra_groups": []} if os.geteuid() == 0 else {}  # it refuses root
+    if user:
+        shutil.chown(folder, "nobody", "nogroup")
+    options: dict[str, Any] = {"cwd": folder, "check": True, "capture_output": True, **user}
+    command = ["-D", str(folder / "data"), "-U", "poet"]
+    subprocess.run([found / "initdb", *command, "-A", "trust", "-E", "UTF8", "--no-locale", "--no-sync"], **options)
+    settings = ["-k", str(folder), "-c", "listen_addresses=", "-c", "fsync=off"]
+    with subprocess.Popen(
+        [found / "postgres", *command[:2], *settings], cwd=folder, stderr=subprocess.PIPE, text=True, **user
+    ) as server:
+        try:
+            assert server.stderr is not None
+            while "ready to accept connections" not in (line := server.stderr.readline()):
+                assert line, "PostgreSQL did not start"
+            number = iter(range(1_000_000))
+
+            def create() -> str:
+                name = f"jobs{next(number)}"
+                subprocess.run([found / "createdb", "-h", folder, "-U", "poet", name], **options)
+                return f"postgresql://poet@/{name}?host={folder}"
+
+            yield create
+        finally:
+            server.terminate()
+            server.wait(30)
+            shutil.rmtree(folder, ignore_errors=True)

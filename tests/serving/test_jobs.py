@@ -28,15 +28,21 @@ def clock() -> Clock:
     return Clock()
 
 
+@pytest.fixture(params=["sqlite", "postgresql"])
+def url(request: pytest.FixtureRequest, tmp_path: Path) -> str:
+    """Of a new database of each kind."""
+    if request.param == "sqlite":
+        return f"sqlite:///{tmp_path / 'jobs.db'}"
+    pytest.importorskip("psycopg")
+    created: str = request.getfixturevalue("postgresql")()
+    return created
+
+
 @pytest.fixture
-def store(tmp_path: Path, clock: Clock) -> Iterator[JobStore]:
-    store = JobStore(f"sqlite:///{tmp_path / 'jobs.db'}", tmp_path / "content", clock=clock)
+def store(url: str, tmp_path: Path, clock: Clock) -> Iterator[JobStore]:
+    store = JobStore(url, tmp_path / "content", clock=clock)
     yield store
     store.close()
-
-
-def another(tmp_path: Path) -> JobStore:
-    return JobStore(f"sqlite:///{tmp_path / 'jobs.db'}", tmp_path / "content")
 
 
 def test_a_job_waits_is_done_and_is_kept(store: JobStore, clock: Clock) -> None:
@@ -141,18 +147,18 @@ def test_two_threads_never_do_the_same_job(store: JobStore) -> None:
 
 
 def test_after_a_start_what_was_being_done_waits_again_and_what_never_ends_is_failed(
-    store: JobStore, tmp_path: Path
+    store: JobStore, url: str, tmp_path: Path
 ) -> None:
     job, _ = store.submit("me", {})
     done, _ = store.submit("me", {})
     (tmp_path / "content" / ".unfinished-abc").mkdir()
     (tmp_path / "content" / "video_nobody").mkdir()
     with pytest.raises(JobError, match="in use by another process"):
-        another(tmp_path)
+        JobStore(url, tmp_path / "content")
     for attempt in range(1, MAX_ATTEMPTS + 1):
         assert [one.id for one in store.claim(1)] == [job.id]
         store.close()
-        store = another(tmp_path)
+        store = JobStore(url, tmp_path / "content")
         assert store.recover() == (attempt < MAX_ATTEMPTS)
     ended = store.get(job.id)
     assert ended.status is JobStatus.FAILED
@@ -208,8 +214,8 @@ for number in range(10_000):
 """
 
 
-def test_what_was_accepted_before_a_kill_is_there_and_whole(tmp_path: Path) -> None:
-    command = [sys.executable, "-c", SUBMIT_FOR_EVER, f"sqlite:///{tmp_path / 'jobs.db'}", str(tmp_path / "content")]
+def test_what_was_accepted_before_a_kill_is_there_and_whole(url: str, tmp_path: Path) -> None:
+    command = [sys.executable, "-c", SUBMIT_FOR_EVER, url, str(tmp_path / "content")]
     accepted: list[str] = []
     for wanted in (3, 17, 8):
         with subprocess.Popen(command, stdout=subprocess.PIPE, text=True) as process:
@@ -218,7 +224,7 @@ def test_what_was_accepted_before_a_kill_is_there_and_whole(tmp_path: Path) -> N
                 accepted.append(process.stdout.readline().strip())
             os.kill(process.pid, signal.SIGKILL)
             accepted += process.stdout.read().split()
-    store = another(tmp_path)
+    store = JobStore(url, tmp_path / "content")
     store.recover()
     for name in accepted:
         job = store.get(name)
@@ -237,6 +243,18 @@ def test_a_place_that_cannot_be_used_is_told(tmp_path: Path) -> None:
         JobStore(f"sqlite:///{tmp_path / 'nowhere' / 'jobs.db'}", tmp_path / "content")
     with pytest.raises(JobError, match="cannot be kept"):
         JobStore(f"sqlite:///{tmp_path / 'jobs.db'}", tmp_path / "file" / "content")
+    with pytest.raises(JobError, match=r"cannot be kept in .*cannot be read"):
+        JobStore("nonsense", tmp_path / "content")
+
+
+def test_a_database_that_cannot_be_reached_is_told_without_its_password(tmp_path: Path) -> None:
+    with pytest.raises(JobError, match=r"ada:\*\*\*@.*driver is missing") as missing:
+        JobStore("mysql+pymysql://ada:s3cret@localhost/jobs", tmp_path / "content")
+    assert "s3cret" not in str(missing.value)
+    pytest.importorskip("psycopg")
+    with pytest.raises(JobError, match=r"ada:\*\*\*@") as gone:
+        JobStore(f"postgresql://ada:s3cret@/jobs?host={tmp_path}", tmp_path / "content")
+    assert "s3cret" not in str(gone.value)
 
 
 def test_a_job_that_is_given_back_waits_again_unless_it_may_be_what_went_wrong(store: JobStore) -> None:
