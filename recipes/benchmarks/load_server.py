@@ -11,8 +11,8 @@ Rules:
 - Seconds are those in which the server answers: while it starts again after a kill the clock stands.
 - A job counts once it was accepted with 200. It must end, completed or failed with a reason, be listed once, and lie in
   one directory with one file that decodes; nothing else may lie there.
-- A rate is that of files by the time of their last change, on both sides alike: those after the first `--batch-size` of
-  them, by the time since then. Starting up and the first wave are left out, and stated besides.
+- A rate is that of files by the time of their last change, on both sides alike, without the first and the last
+  `--batch-size` of them, when not all places were taken. With the first, or with the start, it is stated besides.
 - Memory is PSS of the server's processes together. It is flat if the mean of its last third after `--warmup` seconds is
   within 10 % of that of the first.
 
@@ -47,7 +47,7 @@ if TYPE_CHECKING:
     from poet.bundle import Bundle
 
 NUM_CAPTIONS: Final = 256
-NO_ANSWER: Final = "none"  # in the place of a status
+NO_ANSWER: Final = "none"  # in the place of a status, with the error
 UNFINISHED: Final = ".unfinished-"
 POLL_SECONDS: Final = 0.5  # where the server says nothing
 SETTINGS: Final = ("clients", "seconds", "warmup", "kills", "batch_size", "seed")
@@ -144,9 +144,9 @@ class Load:
             kills = self.num_kills
             try:
                 answer = await http.request(method, self.url + path, **more)
-            except httpx.TransportError:
+            except httpx.TransportError as error:
                 if kills == self.num_kills and self.up.is_set():  # nobody killed it
-                    self.answers[NO_ANSWER] += 1
+                    self.answers[f"{NO_ANSWER}: {type(error).__name__}"] += 1
                 else:
                     self.lost_answers += 1
                 await asyncio.sleep(0.2)
@@ -286,17 +286,17 @@ def broken_promises(asked: Sequence[Asked], listed: Sequence[Mapping[str, Any]],
     return broken
 
 
-def rate(times: Sequence[float], first_wave: int) -> float | None:
-    """Files a second, without those of the first wave and the time until then; None where there are no others.
+def rate(times: Sequence[float], wave: int) -> float | None:
+    """Files a second without the first wave and the last, when places were empty; None where there are no others.
 
     Args:
         times: of the files' last change, in any order.
-        first_wave: how many belong to it.
+        wave: clips that are written at once.
     """
     ordered = sorted(times)
-    if len(ordered) <= first_wave:
+    if len(ordered) <= 2 * wave:
         return None
-    return (len(ordered) - first_wave) / max(1e-9, ordered[-1] - ordered[first_wave - 1])
+    return (len(ordered) - 2 * wave) / max(1e-9, ordered[-1 - wave] - ordered[wave - 1])
 
 
 def growth(memory: Sequence[tuple[float, float]], begin: float, end: float) -> dict[str, Any]:

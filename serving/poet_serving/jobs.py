@@ -11,8 +11,10 @@ from __future__ import annotations
 import contextlib
 import dataclasses
 import enum
+import fcntl
 import hashlib
 import json
+import logging
 import os
 import secrets
 import shutil
@@ -44,10 +46,13 @@ from poet.training.processes import alone_in
 
 __all__ = ["Base", "Job", "JobError", "JobStatus", "JobStore"]
 
+_log = logging.getLogger(__name__)
+
 MAX_ATTEMPTS: Final = 3
 UNFINISHED: Final = ".unfinished-"
 WRITES: Final = "poet_writes"  # an execution option of ours
-_WRITER: Final = 0x706F6574  # PostgreSQL's number of the lock that whoever writes holds
+_WRITER: Final = 0x706F6574  # numbers of PostgreSQL's locks: of whoever writes,
+_SERVER: Final = 0x706F6575  # and of the server that has the database
 
 
 class JobError(PoetError, RuntimeError):
@@ -155,21 +160,27 @@ class JobStore:
             content.mkdir(parents=True, exist_ok=True)
             self._lock = contextlib.ExitStack()
             self._lock.enter_context(alone_in(content))
-        except (OSError, ConfigError) as error:
+        except ConfigError as error:
+            message = f"{content} is in use by another server. Stop it, or name another directory with --data."
+            raise JobError(message, "store_unavailable") from error
+        except OSError as error:
             raise JobError(f"jobs cannot be kept in {content}: {error}", "store_unavailable") from error
         try:
             self._engine = create_engine(url, pool_pre_ping=True)  # a database that was started again is no trouble
             if self._engine.dialect.name == "sqlite":
                 _make_sqlite_durable(self._engine)
+            self._lock.callback(self._engine.dispose)
+            self._lock.enter_context(_alone_with(self._engine))
             Base.metadata.create_all(self._engine)
-        except ImportError as error:
+        except JobError:
             self._lock.close()
-            message = f"jobs cannot be kept in {_without_password(url)}: its driver is missing ({error}). "
-            message += "For PostgreSQL install openpoet[postgresql]."
+            raise
+        except (ImportError, OSError, SQLAlchemyError) as error:
+            self._lock.close()
+            message = f"jobs cannot be kept in {_without_password(url)}: {error}"
+            if isinstance(error, ImportError):
+                message += ". The database's driver is missing; for PostgreSQL install openpoet[postgresql]."
             raise JobError(message, "store_unavailable") from error
-        except SQLAlchemyError as error:
-            self._lock.close()
-            raise JobError(f"jobs cannot be kept in {_without_password(url)}: {error}", "store_unavailable") from error
 
     def add_tables(self) -> None:
         """Make the tables of `Base` that are missing."""
@@ -181,7 +192,6 @@ class JobStore:
 
     def close(self) -> None:
         """Close the connections, and let another process have the store."""
-        self._engine.dispose()
         self._lock.close()
 
     def submit(
@@ -219,6 +229,8 @@ class JobStore:
         name = f"video_{secrets.token_hex(20)}"
         try:
             if files:
+                with self.session() as session:  # before anything is written; counted again below
+                    _check_room(session, owner, max_open, max_queued)
                 self.put_files(name, files)
             with self.session(writes=True) as session:
                 _check_room(session, owner, max_open, max_queued)
@@ -311,12 +323,6 @@ class JobStore:
             session.flush()
             return [_job(row) for row in rows]
 
-    def set_progress(self, id: str, percent: int) -> None:
-        """Say how far a job is, from 0 to 99; of one that has ended nothing changes."""
-        with self.session(writes=True) as session:
-            running = (_Row.id == id) & (_Row.status == JobStatus.IN_PROGRESS)
-            session.execute(update(_Row).where(running).values(progress=min(99, max(0, percent))))
-
     def complete(
         self, id: str, result: Mapping[str, Any], files: Mapping[str, bytes], *, lasts: float | None = None
     ) -> bool:
@@ -353,13 +359,14 @@ class JobStore:
         values = {"error": {"code": code, "message": message}, "expires_at": expires}
         return self._end(id, JobStatus.FAILED, values)
 
-    def release(self, id: str, *, suspect: bool = False) -> bool:
+    def release(self, id: str, *, suspect: bool = False, lasts: float | None = None) -> bool:
         """Give back a job that was not done: it waits again.
 
         Args:
             id: its name.
             suspect: whether it may itself be what went wrong, as where the engine ended over it: it counts as begun,
                 and fails once it was begun `MAX_ATTEMPTS` times.
+            lasts: seconds that one that fails is kept for; None: for ever.
 
         Returns:
             Whether it waits again.
@@ -371,12 +378,13 @@ class JobStore:
                 return False
             if not suspect:
                 row.attempts -= 1
-            return self._requeue(row)
+            return self._requeue(row, lasts)
 
-    def _requeue(self, row: _Row) -> bool:
+    def _requeue(self, row: _Row, lasts: float | None) -> bool:
         """Let a job wait again, or fail it if it was begun too often; says whether it waits."""
         if row.attempts >= MAX_ATTEMPTS:
             row.status, row.completed_at = JobStatus.FAILED, self._clock()
+            row.expires_at = None if lasts is None else row.completed_at + lasts
             message = f"the server ended {row.attempts} times while it did this job."
             row.error = {"code": "server_stopped", "message": message}
             return False
@@ -397,17 +405,20 @@ class JobStore:
         self.remove_files(id)
         return job
 
-    def recover(self) -> int:
+    def recover(self, *, lasts: float | None = None) -> int:
         """After a start: what was being done waits again, and what is half written goes.
 
         A job that was begun `MAX_ATTEMPTS` times and never ended is failed: it may be what ends the server.
+
+        Args:
+            lasts: seconds that such a one is kept for; None: for ever.
 
         Returns:
             Jobs that wait again.
         """
         with self.session(writes=True) as session:
             rows = session.scalars(select(_Row).where(_Row.status == JobStatus.IN_PROGRESS)).all()
-            again = sum(self._requeue(row) for row in rows)
+            again = sum(self._requeue(row, lasts) for row in rows)
             known = set(session.scalars(select(_Row.id)).all())
         for path in self.content.iterdir():
             if path.name.startswith(UNFINISHED) or (path.name.startswith("video_") and path.name not in known):
@@ -424,18 +435,21 @@ class JobStore:
             Names of the jobs that went.
         """
         with self.session() as session:
-            ended = select(_Row).where(_Row.status.in_([JobStatus.COMPLETED, JobStatus.FAILED])).order_by(_Row.number)
-            rows = session.scalars(ended).all()
-            now = self._clock()
-            gone = [row.id for row in rows if row.expires_at is not None and row.expires_at <= now]
+            expired = select(_Row.id, _Row.size_bytes).where(_Row.expires_at <= self._clock())
+            sizes: dict[str, int] = dict(session.execute(expired.order_by(_Row.number)).all())
             total = int(session.scalars(select(func.coalesce(func.sum(_Row.size_bytes), 0))).one())
-            total -= sum(row.size_bytes for row in rows if row.id in gone)
-            for row in rows:
-                if max_bytes is None or total <= max_bytes:
-                    break
-                if row.id not in gone and row.size_bytes:
-                    gone.append(row.id)
-                    total -= row.size_bytes
+            total -= sum(sizes.values())
+            if max_bytes is not None and total > max_bytes:
+                has_ended = _Row.status.in_([JobStatus.COMPLETED, JobStatus.FAILED])
+                oldest = select(_Row.id, _Row.size_bytes).where(has_ended & (_Row.size_bytes > 0)).order_by(_Row.number)
+                with session.execute(oldest.execution_options(yield_per=100)) as rows:
+                    for name, size in rows:
+                        if total <= max_bytes:
+                            break
+                        if name not in sizes:
+                            sizes[name] = size
+                            total -= size
+        gone = list(sizes)
         for name in gone:
             with contextlib.suppress(JobError):  # deleted meanwhile
                 self.delete(name)
@@ -508,6 +522,13 @@ class JobStore:
             )
             return bool(changed.rowcount)  # type: ignore[attr-defined]
 
+    def job_of_key(self, owner: str, key: str) -> Job | None:
+        """The job that was accepted under an Idempotency-Key of this owner; None: there is none, or it was deleted."""
+        with self.session() as session:
+            known = session.scalars(select(_Key).where((_Key.owner == owner) & (_Key.key == key))).first()
+            row = None if known is None else session.get(_Row, known.job)
+            return None if row is None else _job(row)
+
     def _of_key(self, owner: str, key: str, digest: str) -> Job | None:
         with self.session() as session:
             known = session.scalars(select(_Key).where((_Key.owner == owner) & (_Key.key == key))).first()
@@ -553,7 +574,36 @@ class JobStore:
             except IntegrityError:
                 raise
             except SQLAlchemyError as error:
-                raise JobError(f"the jobs' database cannot be used: {error}", "store_unavailable") from error
+                _log.error("the jobs' database cannot be used: %s", error)
+                message = "the jobs' database cannot be used; the server's log says why. Try again."
+                raise JobError(message, "store_unavailable") from error
+
+
+@contextlib.contextmanager
+def _alone_with(engine: Engine) -> Iterator[None]:
+    """Keep other servers off a database, whose jobs they would take; their directories of files are others.
+
+    Raises:
+        JobError: another server uses it.
+    """
+    busy = JobError(
+        "the database is in use by another server. Stop it, or name another with --database.", "store_unavailable"
+    )
+    if engine.dialect.name == "postgresql":
+        with engine.connect() as connection:  # the lock lasts as long as the connection
+            if not connection.scalar(select(func.pg_try_advisory_lock(_SERVER))):
+                raise busy
+            connection.commit()
+            yield
+    elif engine.dialect.name == "sqlite" and engine.url.database not in (None, "", ":memory:"):
+        with Path(f"{engine.url.database}.lock").open("wb") as file:
+            try:
+                fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            except BlockingIOError as error:
+                raise busy from error
+            yield
+    else:
+        yield
 
 
 def _without_password(url: str) -> str:

@@ -54,14 +54,11 @@ def test_a_job_waits_is_done_and_is_kept(store: JobStore, clock: Clock) -> None:
     [taken] = store.claim(5)
     assert (taken.id, taken.status, taken.attempts) == (job.id, JobStatus.IN_PROGRESS, 1)
     assert store.claim(5) == []
-    store.set_progress(job.id, 41)
-    assert store.get(job.id, "me").progress == 41
     assert store.complete(job.id, {"seed": 3}, {"video.mp4": b"film"}, lasts=100)
     done = store.get(job.id, "me")
     assert (done.status, done.progress, done.result, done.error) == (JobStatus.COMPLETED, 100, {"seed": 3}, None)
     assert (done.completed_at, done.expires_at) == (1_007, 1_107)
     assert store.file(job.id, "video.mp4").read_bytes() == b"film"
-    store.set_progress(job.id, 10)
     assert store.get(job.id).progress == 100
     assert not store.fail(job.id, "late", "too late")
     assert not store.complete(job.id, {}, {"video.mp4": b"another film"})
@@ -153,7 +150,7 @@ def test_after_a_start_what_was_being_done_waits_again_and_what_never_ends_is_fa
     done, _ = store.submit("me", {})
     (tmp_path / "content" / ".unfinished-abc").mkdir()
     (tmp_path / "content" / "video_nobody").mkdir()
-    with pytest.raises(JobError, match="in use by another process"):
+    with pytest.raises(JobError, match="in use by another server"):
         JobStore(url, tmp_path / "content")
     for attempt in range(1, MAX_ATTEMPTS + 1):
         assert [one.id for one in store.claim(1)] == [job.id]
@@ -247,6 +244,7 @@ def test_a_place_that_cannot_be_used_is_told(tmp_path: Path) -> None:
         JobStore("nonsense", tmp_path / "content")
 
 
+@pytest.mark.filterwarnings("ignore::ResourceWarning")  # psycopg's own, of a connection that never came to be
 def test_a_database_that_cannot_be_reached_is_told_without_its_password(tmp_path: Path) -> None:
     with pytest.raises(JobError, match=r"ada:\*\*\*@.*driver is missing") as missing:
         JobStore("mysql+pymysql://ada:s3cret@localhost/jobs", tmp_path / "content")
@@ -295,3 +293,38 @@ def test_many_at_once_do_not_all_take_the_last_place(store: JobStore) -> None:
     assert full.value.code == "queue_full"
     known, _ = store.submit("one more", {}, idempotency_key="k")
     assert store.submit("one more", {}, idempotency_key="k", max_open=1, max_queued=5) == (known, False)
+
+
+def test_two_servers_do_not_share_a_database(store: JobStore, url: str, tmp_path: Path) -> None:
+    with pytest.raises(JobError, match="the database is in use by another server"):
+        JobStore(url, tmp_path / "other")
+    store.close()
+    JobStore(url, tmp_path / "other").close()
+
+
+def test_a_job_is_found_by_its_key(store: JobStore) -> None:
+    job, _ = store.submit("me", {"prompt": "a"}, idempotency_key="k")
+    found = store.job_of_key("me", "k")
+    assert found is not None
+    assert found.id == job.id
+    assert store.job_of_key("you", "k") is None
+    assert store.job_of_key("me", "other") is None
+    store.delete(job.id)
+    assert store.job_of_key("me", "k") is None
+
+
+def test_where_there_is_no_room_nothing_is_written(store: JobStore, monkeypatch: pytest.MonkeyPatch) -> None:
+    store.submit("me", {}, max_open=1)
+    monkeypatch.setattr(store, "put_files", lambda *_: pytest.fail("written"))
+    with pytest.raises(JobError, match="at most 1 jobs"):
+        store.submit("me", {}, files={"reference": b"x"}, max_open=1)
+
+
+def test_a_job_that_failed_over_the_servers_end_expires_too(store: JobStore, clock: Clock) -> None:
+    job, _ = store.submit("me", {}, files={"reference": b"x"})
+    for _ in range(MAX_ATTEMPTS):
+        store.claim(1)
+        store.recover(lasts=5)
+    assert store.get(job.id).expires_at == clock.now + 5
+    clock.now += 5
+    assert store.sweep() == [job.id]

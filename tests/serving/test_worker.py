@@ -4,6 +4,7 @@ import asyncio
 import contextlib
 from collections.abc import AsyncIterator, Callable
 from pathlib import Path
+from typing import Any
 
 import pytest
 from prometheus_client import CollectorRegistry
@@ -45,10 +46,12 @@ def quick(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 @contextlib.asynccontextmanager
-async def working(bundle: Bundle, folder: Path, engine: FailingEngine) -> AsyncIterator[tuple[JobStore, Worker]]:
+async def working(
+    bundle: Bundle, folder: Path, engine: FailingEngine, **more: Any
+) -> AsyncIterator[tuple[JobStore, Worker]]:
     store = JobStore(f"sqlite:///{folder / 'jobs.sqlite'}", folder / "content")
     with TorchEngine(bundle.path) as reference:
-        worker = Worker(store, Pipeline(bundle, reference), engine, Metrics(CollectorRegistry()), capacity=2)
+        worker = Worker(store, Pipeline(bundle, reference), engine, Metrics(CollectorRegistry()), capacity=2, **more)
         worker.start()
         try:
             yield store, worker
@@ -57,12 +60,14 @@ async def working(bundle: Bundle, folder: Path, engine: FailingEngine) -> AsyncI
             store.close()
 
 
-def run(bundle: Bundle, folder: Path, engine: FailingEngine, seconds: float) -> list[tuple[JobStatus, str | None, int]]:
+def run(
+    bundle: Bundle, folder: Path, engine: FailingEngine, seconds: float, **more: Any
+) -> list[tuple[JobStatus, str | None, int]]:
     """Status, code and attempts of three jobs, some time after they were accepted."""
     order = Order(body=VideoBody.parse({"prompt": "a red star", "seed": 1}), task="text_to_video_audio", model="tiny")
 
     async def work() -> list[tuple[JobStatus, str | None, int]]:
-        async with working(bundle, folder, engine) as (store, worker):
+        async with working(bundle, folder, engine, **more) as (store, worker):
             ids = [store.submit("ada", order.to_dict())[0].id for _ in range(3)]
             worker.wake()
             await asyncio.sleep(seconds)
@@ -79,9 +84,17 @@ def test_an_error_of_an_engine_that_is_being_ended_gives_the_jobs_back(bundle: B
 
 
 def test_an_engine_that_says_it_is_gone_is_given_no_more_jobs(bundle: Bundle, tmp_path: Path) -> None:
-    ended = run(bundle, tmp_path, FailingEngine(EngineGoneError("vLLM's engine has ended."), None), 1.0)
-    assert [(status, attempts) for status, _, attempts in ended].count((JobStatus.QUEUED, 0)) == 1
-    assert all(status is JobStatus.QUEUED for status, _, _ in ended)
+    told: list[str] = []
+    engine = FailingEngine(EngineGoneError("vLLM's engine has ended."), None)
+    ended = run(bundle, tmp_path, engine, 1.0, engine_gone=lambda: told.append("gone"))
+    assert ended == [(JobStatus.QUEUED, None, 1), (JobStatus.QUEUED, None, 1), (JobStatus.QUEUED, None, 0)]
+    assert told == ["gone"]  # once: the server ends
+
+
+def test_being_told_to_end_is_no_attempt(bundle: Bundle, tmp_path: Path) -> None:
+    engine = FailingEngine(EngineGoneError("vLLM gave the request up."), None)
+    ended = run(bundle, tmp_path, engine, 1.0, is_told_to_end=lambda: True)
+    assert ended == 3 * [(JobStatus.QUEUED, None, 0)]
 
 
 @pytest.mark.parametrize(

@@ -11,6 +11,8 @@ import asyncio
 import atexit
 import contextlib
 import os
+import signal
+import threading
 from argparse import Namespace
 from collections.abc import Iterator
 from typing import Any, Final
@@ -84,6 +86,13 @@ class PoetEndpoint:
             canvases=await _start_canvases(bundle, settings),
             upsampler=await _start_upsampler(bundle, settings),
         )
+        told_to_end = _note_shutdown(engine_client)
+
+        def engine_gone() -> None:
+            # vLLM looks at its own engine alone; one that is beside it would leave a server that does nothing.
+            args.poet_engine_gone = True
+            os.kill(os.getpid(), signal.SIGTERM)
+
         pipeline = await asyncio.to_thread(Pipeline, bundle, engine)
         store = JobStore(options.database_url, options.data / "content")
         atexit.register(store.close)
@@ -95,6 +104,8 @@ class PoetEndpoint:
             capacity=options.max_num_seqs + max(2, options.max_num_seqs // 4),
             lasts=options.lasts,
             max_bytes=options.max_bytes,
+            engine_gone=engine_gone,
+            is_told_to_end=told_to_end.is_set,
         )
         reader = MediaReader(options.bundle_dir, options.data / "scratch")
         atexit.register(reader.close)
@@ -111,6 +122,18 @@ class PoetEndpoint:
         )
         self._application.state.service = service
         service.start()
+
+
+def _note_shutdown(engine_client: Any) -> threading.Event:
+    """An event that is set when vLLM begins to end its engine, which it does before it ends the server."""
+    told, shutdown = threading.Event(), engine_client.shutdown
+
+    def noted(*arguments: Any, **keywords: Any) -> Any:
+        told.set()
+        return shutdown(*arguments, **keywords)
+
+    engine_client.shutdown = noted
+    return told
 
 
 async def _start_canvases(bundle: Bundle, settings: EngineSettings) -> Any:

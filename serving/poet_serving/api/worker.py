@@ -16,7 +16,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any, Final, Protocol
 
-from poet.errors import PoetError
+from poet.errors import MediaError, PoetError
 from poet.generation.engine import GenerationRequest
 from poet.generation.pipeline import ClipRequest, GeneratedClip, Pipeline
 from poet.grammar import max_output_length
@@ -58,7 +58,9 @@ class Worker:
         metrics: is told what happens.
         capacity: jobs at a time.
         lasts: seconds that a job's files are kept for; None: for ever.
-        max_bytes: of all files together, beyond which the oldest go; None: no limit.
+        max_bytes: of all jobs' files together, beyond which the oldest go; None: no limit.
+        engine_gone: called once when the engine is found to be gone: nothing will be written any more.
+        is_told_to_end: whether the server was asked to end; if so, that the engine is gone is no job's fault.
     """
 
     def __init__(
@@ -71,9 +73,12 @@ class Worker:
         capacity: int,
         lasts: float | None = None,
         max_bytes: int | None = None,
+        engine_gone: Callable[[], None] = lambda: None,
+        is_told_to_end: Callable[[], bool] = lambda: False,
     ) -> None:
         self._store, self._pipeline, self._engine, self._metrics = store, pipeline, engine, metrics
         self._capacity, self._lasts, self._max_bytes = capacity, lasts, max_bytes
+        self._engine_gone, self._is_told_to_end = engine_gone, is_told_to_end
         self._finisher = Finisher(pipeline)
         self._wake = asyncio.Event()
         self._is_ending = False  # without an engine every job would be begun and given back, again and again
@@ -84,7 +89,7 @@ class Worker:
 
     def start(self) -> None:
         """Begin, with what an earlier server left."""
-        again = self._store.recover()
+        again = self._store.recover(lasts=self._lasts)
         if again:
             _log.info("%d jobs of an earlier run wait again", again)
         self._loops = [asyncio.create_task(self._take()), asyncio.create_task(self._sweep())]
@@ -132,17 +137,16 @@ class Worker:
             self._wake.clear()
             room = 0 if self._is_ending else self._capacity - len(self._tasks)
             try:
-                jobs = await asyncio.to_thread(self._store.claim, room) if room > 0 else []
+                for job in await asyncio.to_thread(self._store.claim, room) if room > 0 else []:
+                    task = asyncio.create_task(self._carry_out(job))
+                    self._tasks[job.id] = task
+                    task.add_done_callback(lambda _, id=job.id: self._ended(id))  # type: ignore[misc]
+                self._metrics.running.set(len(self._tasks))
                 self._metrics.queued.set(await asyncio.to_thread(self._store.count, JobStatus.QUEUED))
             except JobError as error:
                 _log.error("%s", error)
                 await asyncio.sleep(1)
                 continue
-            for job in jobs:
-                task = asyncio.create_task(self._carry_out(job))
-                self._tasks[job.id] = task
-                task.add_done_callback(lambda _, id=job.id: self._ended(id))  # type: ignore[misc]
-            self._metrics.running.set(len(self._tasks))
             await self._wake.wait()
 
     def _ended(self, id: str) -> None:
@@ -170,9 +174,7 @@ class Worker:
             raise
         except Exception as error:  # noqa: BLE001 - whatever goes wrong, the job must end with its reason
             if await self._has_gone(error):
-                # The server ends: as it was told to, or because this job is more than its engine can bear.
-                self._is_ending = True
-                await asyncio.to_thread(self._store.release, job.id, suspect=True)
+                await self._give_back(job)
                 return
             await self._fail(job, error)
             return
@@ -189,9 +191,23 @@ class Worker:
         await asyncio.sleep(ENDING)
         return not self._engine.is_running
 
+    async def _give_back(self, job: Job) -> None:
+        """The engine is gone: as the server was told to end, or because the job is more than it can bear."""
+        if not self._is_ending:
+            self._is_ending = True
+            self._engine_gone()
+        suspect = not self._is_told_to_end()
+        try:
+            await asyncio.to_thread(self._store.release, job.id, suspect=suspect, lasts=self._lasts)
+        except JobError as error:  # it waits again after the next start
+            _log.error("%s", error)
+
     async def _fail(self, job: Job, error: Exception) -> None:
         if isinstance(error, RequestError):
             code, message = error.code, str(error)
+        elif isinstance(error, JobError | MediaError):  # of files and rows: no business of the client's
+            _log.error("job %s failed: %s", job.id, error)
+            code, message = "server_error", "the clip could not be kept; the server's log says why."
         elif isinstance(error, PoetError):
             code, message = "generation_failed", str(error)
         else:
@@ -210,12 +226,13 @@ class Worker:
         request = order.to_request(self._pipeline.bundle, clip)
         if order.extend_by is None or clip is None:
             return await self._write_piece(job, request, 0.0, 1.0)
+        piece = self._pipeline.geometry.duration / order.extend_by
         before, target = clip.duration, clip.duration + order.extend_by
         pieces = 0
         while True:
             done = (clip.duration - before) / order.extend_by
             pieces += 1
-            made = await self._write_piece(job, dataclasses.replace(request, clip=clip), done, 1.0)
+            made = await self._write_piece(job, dataclasses.replace(request, clip=clip), done, min(1.0, done + piece))
             if made.clip is None or made.clip.duration <= clip.duration + _EPSILON:
                 raise RequestError("the clip cannot be extended by this model.", code="generation_failed")
             clip = made.clip
