@@ -11,10 +11,8 @@ from __future__ import annotations
 import contextlib
 import dataclasses
 import enum
-import fcntl
 import hashlib
 import json
-import logging
 import os
 import secrets
 import shutil
@@ -23,49 +21,18 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any, Final, Literal
 
-from sqlalchemy import (
-    JSON,
-    Engine,
-    ForeignKey,
-    Index,
-    String,
-    UniqueConstraint,
-    create_engine,
-    delete,
-    event,
-    func,
-    make_url,
-    select,
-    update,
-)
-from sqlalchemy.exc import ArgumentError, IntegrityError, SQLAlchemyError
-from sqlalchemy.orm import DeclarativeBase, Mapped, Session, mapped_column
+from sqlalchemy import JSON, ForeignKey, Index, String, UniqueConstraint, delete, func, select, update
+from sqlalchemy.exc import IntegrityError
+from sqlalchemy.orm import Mapped, Session, mapped_column
 
-from poet.errors import ConfigError, PoetError
+from poet.errors import ConfigError
 from poet.training.processes import alone_in
+from poet_serving.database import Base, Database, JobError
 
 __all__ = ["Base", "Job", "JobError", "JobStatus", "JobStore"]
 
-_log = logging.getLogger(__name__)
-
 MAX_ATTEMPTS: Final = 3
 UNFINISHED: Final = ".unfinished-"
-WRITES: Final = "poet_writes"  # an execution option of ours
-_WRITER: Final = 0x706F6574  # numbers of PostgreSQL's locks: of whoever writes,
-_SERVER: Final = 0x706F6575  # and of the server that has the database
-
-
-class JobError(PoetError, RuntimeError):
-    """The store cannot do what was asked.
-
-    Args:
-        message: for a person.
-        code: for a program: "idempotency_conflict", "not_found" or "store_unavailable".
-    """
-
-    def __init__(self, message: str, code: str) -> None:
-        super().__init__(message)
-        self.code = code
 
 
 class JobStatus(enum.StrEnum):
@@ -75,10 +42,6 @@ class JobStatus(enum.StrEnum):
     IN_PROGRESS = "in_progress"
     COMPLETED = "completed"
     FAILED = "failed"
-
-
-class Base(DeclarativeBase):
-    """Of all tables of the database."""
 
 
 class _Row(Base):
@@ -166,25 +129,14 @@ class JobStore:
         except OSError as error:
             raise JobError(f"jobs cannot be kept in {content}: {error}", "store_unavailable") from error
         try:
-            self._engine = create_engine(url, pool_pre_ping=True)  # a database that was started again is no trouble
-            if self._engine.dialect.name == "sqlite":
-                _make_sqlite_durable(self._engine)
-            self._lock.callback(self._engine.dispose)
-            self._lock.enter_context(_alone_with(self._engine))
-            Base.metadata.create_all(self._engine)
+            self._database = Database(url)
         except JobError:
             self._lock.close()
             raise
-        except (ImportError, OSError, SQLAlchemyError) as error:
-            self._lock.close()
-            message = f"jobs cannot be kept in {_without_password(url)}: {error}"
-            if isinstance(error, ImportError):
-                message += ". The database's driver is missing; for PostgreSQL install openpoet[postgresql]."
-            raise JobError(message, "store_unavailable") from error
 
     def add_tables(self) -> None:
-        """Make the tables of `Base` that are missing."""
-        Base.metadata.create_all(self._engine)
+        """See `Database.add_tables`."""
+        self._database.add_tables()
 
     def now(self) -> float:
         """Seconds since 1970, by the store's clock."""
@@ -192,7 +144,12 @@ class JobStore:
 
     def close(self) -> None:
         """Close the connections, and let another process have the store."""
+        self._database.close()
         self._lock.close()
+
+    def session(self, *, writes: bool = False) -> contextlib.AbstractContextManager[Session]:
+        """See `Database.session`."""
+        return self._database.session(writes=writes)
 
     def submit(
         self,
@@ -558,60 +515,6 @@ class JobStore:
             (self.content / id).rename(gone)
             shutil.rmtree(gone, ignore_errors=True)
 
-    @contextlib.contextmanager
-    def session(self, *, writes: bool = False) -> Iterator[Session]:
-        """One transaction; one that `writes` may wait for another such.
-
-        Raises:
-            JobError: the database cannot be reached.
-        """
-        with Session(self._engine.execution_options(**{WRITES: writes}), expire_on_commit=False) as session:
-            try:
-                with session.begin():
-                    if writes and self._engine.dialect.name == "postgresql":  # SQLite's own lock is taken at BEGIN
-                        session.execute(select(func.pg_advisory_xact_lock(_WRITER)))
-                    yield session
-            except IntegrityError:
-                raise
-            except SQLAlchemyError as error:
-                _log.error("the jobs' database cannot be used: %s", error)
-                message = "the jobs' database cannot be used; the server's log says why. Try again."
-                raise JobError(message, "store_unavailable") from error
-
-
-@contextlib.contextmanager
-def _alone_with(engine: Engine) -> Iterator[None]:
-    """Keep other servers off a database, whose jobs they would take; their directories of files are others.
-
-    Raises:
-        JobError: another server uses it.
-    """
-    busy = JobError(
-        "the database is in use by another server. Stop it, or name another with --database.", "store_unavailable"
-    )
-    if engine.dialect.name == "postgresql":
-        with engine.connect() as connection:  # the lock lasts as long as the connection
-            if not connection.scalar(select(func.pg_try_advisory_lock(_SERVER))):
-                raise busy
-            connection.commit()
-            yield
-    elif engine.dialect.name == "sqlite" and engine.url.database not in (None, "", ":memory:"):
-        with Path(f"{engine.url.database}.lock").open("wb") as file:
-            try:
-                fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-            except BlockingIOError as error:
-                raise busy from error
-            yield
-    else:
-        yield
-
-
-def _without_password(url: str) -> str:
-    try:
-        return make_url(url).render_as_string(hide_password=True)
-    except ArgumentError:
-        return "a database whose URL cannot be read"
-
 
 def _check_room(session: Session, owner: str, max_open: int | None, max_queued: int | None) -> None:
     """Count inside the transaction that adds a job, so that many at once do not all find the last place free."""
@@ -636,21 +539,6 @@ def _digest(body: Mapping[str, Any], files: Mapping[str, bytes] | None) -> str:
     for name, content in sorted((files or {}).items()):
         said.update(f"\0{name}\0{len(content)}\0".encode() + content)
     return said.hexdigest()
-
-
-def _make_sqlite_durable(engine: Engine) -> None:
-    """One writer at a time from the start of a transaction, and what is committed is on the disk."""
-
-    @event.listens_for(engine, "connect")
-    def connect(connection: Any, _: Any) -> None:
-        connection.isolation_level = None  # transactions are begun below
-        for setting in ("journal_mode=WAL", "synchronous=FULL", "busy_timeout=30000", "foreign_keys=ON"):
-            connection.execute(f"PRAGMA {setting}")
-
-    @event.listens_for(engine, "begin")
-    def begin(connection: Any) -> None:
-        writes = connection.get_execution_options().get(WRITES)
-        connection.exec_driver_sql("BEGIN IMMEDIATE" if writes else "BEGIN")
 
 
 def _sync(directory: Path) -> None:
