@@ -29,6 +29,7 @@ __all__ = [
 ]
 
 MAX_CHOICES: Final = 8
+MAX_MESSAGES: Final = 128
 AUDIO_ID: Final = "audio_"
 VIDEO_ID: Final = "video_"
 _MEDIA_URL: Final = re.compile(r"data:(image|video|audio)/")
@@ -184,9 +185,9 @@ class ChatBody(BaseModel):
     """The body of a chat.
 
     Attributes:
-        messages: what was said. System and developer messages change nothing: the model follows prompts only. Assistant
-            messages are those that `chat_answer` made, as far as the client kept them.
-        model: the bundle's name or an adapter's; None takes the bundle.
+        messages: what was said, 1 to 128 of them. System and developer messages change nothing: the model follows
+            prompts only. Assistant messages are those that `chat_answer` made, as far as the client kept them.
+        model: the bundle's name; None takes the bundle.
         modalities: what to answer with. ["text"], which is also meant where nothing is said, asks for a description of
             a clip or picture. "video", "audio" or both ask for a clip; "text" beside them adds nothing, since every
             clip is answered with its prompt as text. (OpenAI's clients must say "text" wherever they say "audio".)
@@ -202,7 +203,7 @@ class ChatBody(BaseModel):
 
     messages: Annotated[
         list[Annotated[SystemMessage | UserMessage | AssistantMessage, Field(discriminator="role")]],
-        Field(min_length=1),
+        Field(min_length=1, max_length=MAX_MESSAGES),
     ]
     modalities: Annotated[list[Modality], Field(min_length=1)] = ["text"]
     audio: _SoundOptions | None = None

@@ -26,7 +26,7 @@ from poet_serving.chat_schema import (
     VideoPart,
 )
 from poet_serving.phrases import Phrases, edit_prompt, is_whole_prompt
-from poet_serving.schema import InputReference, RequestError, VideoBody
+from poet_serving.schema import MAX_PROMPT, InputReference, RequestError, VideoBody
 
 __all__ = ["Answer", "ChatBody", "Intent", "chat_answer", "understand", "video_body"]
 
@@ -76,7 +76,7 @@ class Answer:
 
 
 def understand(body: ChatBody, phrases: Phrases | None = None) -> Intent:
-    """Find out what the last turn asks for.
+    """Find out what the last turn asks for. Seconds of work where a chat is as long as may be: not for an event loop.
 
     A turn of text changes the prompt of the clip before it (see `edit_prompt`), and goes on from the same picture, clip
     or sound, unless it is a whole prompt. A turn with a picture, clip or sound begins anew: its text is the prompt.
@@ -88,7 +88,8 @@ def understand(body: ChatBody, phrases: Phrases | None = None) -> Intent:
 
     Raises:
         RequestError: the last message is not the user's or is empty, has several media, or asks for what no task
-            writes: text from text ("modality_unsupported"), sound from a picture or from a sound.
+            writes: text from text ("modality_unsupported"), sound from a picture or from a sound; or the turns add up
+            to a prompt of more than `MAX_PROMPT` characters.
     """
     last = body.messages[-1]
     if not isinstance(last, UserMessage):
@@ -111,7 +112,7 @@ def understand(body: ChatBody, phrases: Phrases | None = None) -> Intent:
                 seen = seen if media.kind == "audio" else media
             elif text:
                 given = None if is_whole_prompt(text, phrases) else given
-                prompt = text if prompt is None else edit_prompt(prompt, text, phrases)
+                prompt = text if prompt is None else _checked(edit_prompt(prompt, text, phrases))
         elif isinstance(message, AssistantMessage) and asked:
             prompt = _text(message) or prompt
             if message.clip_id is not None:
@@ -167,7 +168,7 @@ def chat_answer(
     back, either of them tells `understand` which clip it was.
 
     Args:
-        model: name of the bundle or adapter that answered.
+        model: name of the bundle that answered.
         answers: at least one.
         prompt_tokens: ids that the model was given.
         created: Unix seconds; None is now.
@@ -199,7 +200,19 @@ class _Given:
 
 def _text(message: SystemMessage | UserMessage | AssistantMessage) -> str:
     parts = message.content or []
-    return "\n".join(part.text.strip() for part in parts if isinstance(part, TextPart)).strip()
+    return _checked("\n".join(part.text.strip() for part in parts if isinstance(part, TextPart)).strip())
+
+
+def _checked(prompt: str) -> str:
+    """A prompt that is not too long; a longer one is refused before more of the chat is put behind it."""
+    if len(prompt) > MAX_PROMPT:
+        raise RequestError(
+            f"messages must add up to a prompt of at most {MAX_PROMPT} characters, it has {len(prompt)}. Send the "
+            "prompt whole, in a chat of its own.",
+            code="invalid_value",
+            param="messages",
+        )
+    return prompt
 
 
 def _media(message: UserMessage, place: int) -> _Given | None:
@@ -265,8 +278,8 @@ def _task(body: ChatBody, given: _Given | None) -> str | None:
     if given is None:
         silent = "audio" not in body.modalities
         return "text_to_audio" if only_sound else "text_to_video" if silent else "text_to_video_audio"
-    if given.kind is None:
-        return None
+    if given.kind is None:  # of a file, sound is made for a clip only; whether it is one is found out when it is read
+        return "video_to_audio" if only_sound else None
     if only_sound and given.kind != "video":
         raise RequestError(
             f'modalities ["audio"] must come with text or with a clip to make the sound for, not with an {given.kind}. '

@@ -9,7 +9,7 @@ from __future__ import annotations
 import dataclasses
 import itertools
 import re
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Collection, Iterator, Mapping, Sequence
 from functools import cached_property
 from pathlib import Path
 from typing import Annotated, Any, Final
@@ -231,7 +231,7 @@ def edit_prompt(previous: str, instruction: str, phrases: Phrases | None) -> str
         return instruction[_opening(instruction) :]
     if phrases is not None:
         found = list(_find(instruction, phrases, said=True))
-        asked, named = _asked(found, phrases), [one.phrase for one in found]
+        asked, named = _asked(found, phrases), frozenset(one.phrase for one in found)
         edited, placed = _replace(previous, asked, named, phrases)
         edited, placed = _supply(edited, asked, named, phrases, placed)
         if asked and asked.keys() <= placed:
@@ -278,7 +278,7 @@ def _asked(found: Sequence[_Found], phrases: Phrases) -> dict[str, str]:
 
 
 def _replace(
-    text: str, asked: Mapping[str, str], named: Sequence[Phrase], phrases: Phrases
+    text: str, asked: Mapping[str, str], named: Collection[Phrase], phrases: Phrases
 ) -> tuple[str, frozenset[str]]:
     """The text with its phrases changed, and the attributes that it now says as asked."""
     placed: set[str] = set()
@@ -300,7 +300,7 @@ def _replace(
 
 
 def _supply(
-    text: str, asked: Mapping[str, str], named: Sequence[Phrase], phrases: Phrases, placed: frozenset[str]
+    text: str, asked: Mapping[str, str], named: Collection[Phrase], phrases: Phrases, placed: frozenset[str]
 ) -> tuple[str, frozenset[str]]:
     """The text with phrases for what it does not say, where they may be put."""
     done = set(placed)
@@ -326,7 +326,7 @@ def _choose(
     slot: str,
     wanted: Mapping[str, str],
     phrases: Phrases,
-    named: Sequence[Phrase],
+    named: Collection[Phrase],
     old: Phrase | None = None,
 ) -> Phrase | None:
     """The phrase of a slot that means what is wanted: one that was named, or the least different from the old one.
@@ -381,8 +381,11 @@ def _find(text: str, phrases: Phrases, *, said: bool = False) -> Iterator[_Found
     spoken = {name for span in spans if span.negated for _, phrase in span.readings for name in phrase.means}
     spoken |= {of_word[word] for span in spans for word in tokens[span.first : span.last] if word in of_word}
     taken = {place: span.negated for span in spans for place in range(span.first, span.last)}
+    named = _named_before(tokens, taken, of_word)
     for span in spans:
-        cued = _cue(tokens, span, taken, of_word)
+        cued = named[span.first]
+        if span.last < len(tokens) and span.last not in taken:
+            cued = of_word.get(tokens[span.last], cued)
         if cued is not None:
             readings = tuple(reading for reading in span.readings if cued in reading[1].means)
         else:
@@ -404,21 +407,19 @@ def _is_negated(tokens: Sequence[str], first: int) -> bool:
     return before[-1:] == ("from",) and not {"to", "into"}.isdisjoint(tokens[first : first + 20])
 
 
-def _cue(tokens: Sequence[str], span: _Span, taken: Mapping[int, bool], of_word: Mapping[str, str]) -> str | None:
-    """The attribute that a phrase's neighbour names, right after it or before it behind words that link the two.
+def _named_before(tokens: Sequence[str], taken: Mapping[int, bool], of_word: Mapping[str, str]) -> Sequence[str | None]:
+    """For each place in a text, the attribute that is named before it, behind nothing but words that link the two.
 
     Args:
         tokens: of the whole text.
-        span: of the phrase.
         taken: places of tokens that belong to phrases -> whether those are negated; only these are passed over.
         of_word: cue -> attribute.
     """
-    if span.last < len(tokens) and span.last not in taken and tokens[span.last] in of_word:
-        return of_word[tokens[span.last]]
-    place = span.first - 1
-    while place >= 0 and taken.get(place, tokens[place] in _LINKS):
-        place -= 1
-    return of_word.get(tokens[place]) if place >= 0 and place not in taken else None
+    named: list[str | None] = [None]
+    for place, token in enumerate(tokens):
+        is_passed = taken.get(place, token in _LINKS)
+        named.append(named[-1] if is_passed else None if place in taken else of_word.get(token))
+    return named
 
 
 def _with_article(before: str, new: str) -> str:

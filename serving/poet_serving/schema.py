@@ -107,7 +107,7 @@ class VideoBody(BaseModel):
 
     Attributes:
         prompt: what to show and let be heard.
-        model: the bundle's name or an adapter's; None takes the bundle.
+        model: the bundle's name; None takes the bundle.
         seconds: OpenAI's clip length; a bundle writes clips of one length, which this may name.
         size: "WIDTHxHEIGHT": the bundle's own, or that of its upsampler.
         input_reference: what the clip goes on from.

@@ -18,7 +18,9 @@ GIGABYTE = 2**30
 
 def serve(
     model: Annotated[Path | None, typer.Option(help="A bundle; the shipped one when left out.")] = None,
-    host: Annotated[str, typer.Option(help="Address to listen on; beyond this machine only with keys.")] = "127.0.0.1",
+    host: Annotated[
+        str, typer.Option(help="Address to listen on; beyond this machine with --api-keys, or --open-to-all.")
+    ] = "127.0.0.1",
     port: Annotated[int, typer.Option(min=1, max=65535, help="Port to listen on.")] = 8000,
     data: Annotated[Path, typer.Option(help="Directory of the jobs: their database and files.")] = Path("poet-data"),
     database: Annotated[str | None, typer.Option(help="SQLAlchemy URL of the jobs' database.")] = None,

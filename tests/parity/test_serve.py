@@ -145,3 +145,20 @@ def test_a_server_writes_what_the_reference_writes_and_survives_a_kill(bundle: B
     # Told to end, it gives back what it has begun, and fails nothing.
     assert not [job.error for job in left if job.error is not None], data.with_suffix(".log").read_text()[-4000:]
     assert any(job.status is not JobStatus.COMPLETED for job in left)
+
+
+@pytest.mark.slow
+@pytest.mark.timeout(900)
+def test_a_server_ends_with_an_engine_of_its_own_and_goes_on_after_a_start(bundle: Bundle, tmp_path: Path) -> None:
+    data = tmp_path / "data"
+    with serving(bundle, data) as (process, url):
+        client = openai.OpenAI(base_url=f"{url}/v1", api_key="x", max_retries=0)
+        engines = [pid for pid in members(process.pid) if "EngineCore" in Path(f"/proc/{pid}/cmdline").read_text()]
+        assert len(engines) == 3  # of ids, of canvases, of larger pictures
+        os.kill(max(engines), signal.SIGKILL)  # the last to start, which vLLM's server knows nothing of
+        larger = client.videos.create(prompt=PROMPT, extra_body={"size": "80x48"}).id
+        assert process.wait(60) == 1
+        assert "an engine ended by itself" in data.with_suffix(".log").read_text()
+    with serving(bundle, data) as (_, url):
+        client = openai.OpenAI(base_url=f"{url}/v1", api_key="x", max_retries=0)
+        assert client.videos.poll(larger).status == "completed"

@@ -1,23 +1,33 @@
 """The API against a server that runs: OpenAI's client unmodified, and what it does with everything else."""
 
+import asyncio
 import base64
+import errno
 import json
+import socket
 import threading
 import time
 import warnings
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
-from typing import Any
+from typing import Any, NoReturn
 
 import httpx
 import numpy as np
 import openai
 import pytest
+from prometheus_client import CollectorRegistry
+from starlette.responses import Response
 
 from poet.bundle import Bundle
+from poet.errors import ConfigError, MediaError
 from poet.media import Clip, read_clip, write_clip
 from poet.testing import tiny_bundle
-from poet_serving.api.guard import Limits
+from poet_serving.api import launch
+from poet_serving.api.guard import ApiKeys, Guard, Limits
+from poet_serving.api.metrics import Metrics
+from poet_serving.jobs import JobStore
 from poet_serving.testing import RunningServer, run_server
 
 warnings.filterwarnings("ignore", message="The Sora API", category=DeprecationWarning)
@@ -231,7 +241,6 @@ def test_a_wrong_key_is_refused_everywhere(server: RunningServer, key: str | Non
 @pytest.mark.parametrize(
     ("body", "status", "code", "param"),
     [
-        ({}, 400, "invalid_value", None),  # no text: the task needs none, so the bundle decides
         ({"prompt": 3}, 400, "invalid_value", "prompt"),
         ({"prompt": PROMPT, "model": "sora-2"}, 404, "model_not_found", "model"),
         ({"prompt": PROMPT, "seconds": "8"}, 400, "unsupported_seconds", "seconds"),
@@ -251,13 +260,39 @@ def test_what_cannot_be_carried_out_is_refused(
     plain: httpx.Client, body: dict[str, Any], status: int, code: str | None, param: str | None
 ) -> None:
     response = plain.post("/v1/videos", json=body)
-    if body == {}:
-        assert response.status_code == 200
-        return
     found = error_of(response)
     assert found[0] == status
     assert code is None or found[1] == code
     assert param is None or response.json()["error"]["param"] == param
+
+
+def test_without_a_prompt_the_model_writes_what_it_likes(ada: openai.OpenAI, plain: httpx.Client) -> None:
+    made = plain.post("/v1/videos", json={})
+    assert made.status_code == 200
+    video = ada.videos.poll(made.json()["id"])
+    assert (video.status, video.prompt) == ("completed", None)
+    assert video.model_extra is not None
+    assert video.model_extra["metadata"]["task"] == "unconditional"
+
+
+@pytest.mark.parametrize(
+    ("path", "field"), [("/v1/videos/{id}/remix", "video"), ("/v1/chat/completions", "x"), ("/v1/files", "other")]
+)
+def test_an_upload_that_nobody_reads_is_refused(
+    ada: openai.OpenAI, plain: httpx.Client, picture: bytes, path: str, field: str
+) -> None:
+    id = ada.videos.create_and_poll(prompt=PROMPT).id
+    sent = {"prompt": PROMPT} if "files" not in path else {"purpose": "vision"}
+    response = plain.post(path.format(id=id), data=sent, files={field: ("x.png", picture)})
+    assert error_of(response) == (400, "unknown_parameter")
+    assert response.json()["error"]["param"] == field
+
+
+def test_a_file_takes_no_field_that_would_not_be_obeyed(ada: openai.OpenAI) -> None:
+    with pytest.raises(openai.BadRequestError) as refused:
+        ada.files.create(file=b"x", purpose="batch", expires_after={"anchor": "created_at", "seconds": 3600})
+    assert (refused.value.code, refused.value.param) == ("unknown_parameter", "expires_after")
+    ada.files.delete(ada.files.create(file=b"x", purpose="batch").id)
 
 
 @pytest.mark.parametrize(
@@ -330,6 +365,61 @@ def test_no_name_reaches_a_file(plain: httpx.Client, name: str) -> None:
             assert error_of(response)[0] in (400, 404)
 
 
+def test_a_name_with_a_null_character_is_nobodys_on_postgresql_either(
+    server: RunningServer,
+    plain: httpx.Client,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    request: pytest.FixtureRequest,
+) -> None:
+    pytest.importorskip("psycopg")
+    store = JobStore(request.getfixturevalue("postgresql")(), tmp_path / "content")
+    try:
+        monkeypatch.setattr(server.service, "store", store)
+        monkeypatch.setattr(server.service, "files", type(server.service.files)(store))
+        for name in ("a%00b", "%00"):
+            for path in (f"videos/{name}", f"videos/{name}/content", f"videos?after={name}", f"batches/{name}"):
+                assert error_of(plain.get(f"/v1/{path}")) == (404, "not_found")
+            for path in (f"files/{name}", f"files/{name}/content", f"files?after={name}", f"files?purpose={name}"):
+                assert error_of(plain.get(f"/v1/{path}")) == (404, "not_found")
+            for path in (f"videos/{name}", f"files/{name}"):
+                assert error_of(plain.delete(f"/v1/{path}")) == (404, "not_found")
+        edit = {"prompt": PROMPT, "video": {"id": "a\0b"}}
+        assert error_of(plain.post("/v1/videos/edits", json=edit)) == (404, "not_found")
+        parts = (b'name="purpose"\r\n\r\nbatch', b'name="file"; filename="a\0b"\r\n\r\nx')
+        content = b"".join(b"--abc\r\ncontent-disposition: form-data; %b\r\n" % part for part in parts)
+        kind = {"content-type": "multipart/form-data; boundary=abc"}
+        assert error_of(plain.post("/v1/files", content=content + b"--abc--\r\n", headers=kind))[0] == 400
+    finally:
+        store.close()
+
+
+@pytest.mark.parametrize("slow", ["chat.understand", "service.edit_prompt"])
+def test_words_that_take_long_to_understand_hold_nobody_up(
+    ada: openai.OpenAI, plain: httpx.Client, monkeypatch: pytest.MonkeyPatch, slow: str
+) -> None:
+    begun, go_on = threading.Event(), threading.Event()
+
+    def wait(*_: Any) -> NoReturn:
+        begun.set()
+        go_on.wait(60)
+        raise ConfigError("it took long.")
+
+    id = ada.videos.create_and_poll(prompt=PROMPT).id
+    monkeypatch.setattr(f"poet_serving.api.{slow}", wait)
+    path, body = f"/v1/videos/{id}/remix", {"prompt": "blue"}
+    if slow == "chat.understand":
+        path, body = "/v1/chat/completions", {"messages": [{"role": "user", "content": PROMPT}]}  # type: ignore[dict-item]
+    with ThreadPoolExecutor() as pool:
+        asked = pool.submit(plain.post, path, json=body)
+        try:
+            assert begun.wait(30)
+            assert plain.get("/v1/models", timeout=15).status_code == 200
+        finally:
+            go_on.set()
+        assert error_of(asked.result()) == (400, "invalid_value")
+
+
 def test_streams_are_said_not_to_be_there(ada: openai.OpenAI, plain: httpx.Client) -> None:
     video = ada.videos.create_and_poll(prompt=PROMPT)
     assert error_of(plain.get(f"/v1/videos/{video.id}/stream")) == (501, "not_implemented")
@@ -387,6 +477,37 @@ def test_a_chat_describes_a_clip(ada: openai.OpenAI) -> None:
     assert isinstance(answer.choices[0].message.content, str)
     assert answer.usage is not None
     assert answer.usage.completion_tokens > 0
+
+
+def test_a_chat_describes_the_beginning_of_a_clip_that_is_longer_than_the_models_own(
+    ada: openai.OpenAI, plain: httpx.Client
+) -> None:
+    video = ada.videos.create_and_poll(prompt=PROMPT)
+    body = {"prompt": PROMPT, "video": {"id": video.id}, "seconds": 0.5}
+    longer = ada.videos.poll(plain.post("/v1/videos/extensions", json=body).json()["id"])
+    assert float(longer.seconds) > float(video.seconds)
+    messages: list[Any] = [
+        {"role": "user", "content": PROMPT},
+        {"role": "assistant", "content": PROMPT, "video": {"id": longer.id}},
+        {"role": "user", "content": "what is this?"},
+    ]
+    answer = ada.chat.completions.create(model="tiny", messages=messages)
+    assert isinstance(answer.choices[0].message.content, str)
+
+
+def test_a_chat_makes_the_sound_for_an_uploaded_clip(ada: openai.OpenAI) -> None:
+    content = ada.videos.download_content(ada.videos.create_and_poll(prompt=PROMPT).id).read()
+    file = ada.files.create(file=("a.mp4", content), purpose="vision")
+    parts: list[Any] = [{"type": "file", "file": {"file_id": file.id}}]
+    answer = ada.chat.completions.create(
+        model="tiny", messages=[{"role": "user", "content": parts}], modalities=["text", "audio"]
+    )
+    sound = answer.choices[0].message.audio
+    assert sound is not None
+    video = ada.videos.retrieve("video_" + sound.id.removeprefix("audio_"))
+    assert video.model_extra is not None
+    assert video.model_extra["metadata"]["task"] == "video_to_audio"
+    ada.files.delete(file.id)
 
 
 def test_a_chat_in_text_alone_is_refused_and_says_what_to_send(ada: openai.OpenAI) -> None:
@@ -448,9 +569,67 @@ def test_the_openapi_document_is_whole(plain: httpx.Client) -> None:
     for path in paths:
         for operation in document["paths"][path].values():
             assert operation["responses"]["401"]["content"]["application/json"]["schema"]
+            assert "422" not in operation["responses"]  # FastAPI's own, which is never sent
+    assert not {"ValidationError", "HTTPValidationError"} & document["components"]["schemas"].keys()
     schema = document["paths"]["/v1/videos"]["post"]["requestBody"]["content"]
     assert set(schema) == {"application/json", "multipart/form-data"}
     assert "path" not in json.dumps(schema["application/json"]["schema"]["properties"]["input_reference"])
+
+
+@pytest.mark.parametrize(
+    ("lines", "wrong"),
+    [
+        ("", "at least one line"),
+        ("ada", "at least 16 characters; the key has 0"),
+        ("a/b 0123456789abcdef", "a name of 1 to 64 letters"),
+        ("ada\t0123456789abcdef", "a name of 1 to 64 letters"),
+        ("ada 0123456789", "at least 16 characters; the key has 10"),
+        ("ada 0123456789abcdef more", "ASCII characters without spaces"),
+        ("ada schlüssel-0123456789", "ASCII characters without spaces"),
+        ("ada 0123456789abcdef\nada fedcba9876543210", "line 3 .* the name ada stands above"),
+        ("ada 0123456789abcdef\nbob 0123456789abcdef", "line 3 .* the key is that of ada"),
+    ],
+)
+def test_keys_that_would_not_say_who_asks_are_refused(tmp_path: Path, lines: str, wrong: str) -> None:
+    (tmp_path / "keys.txt").write_text(f"# who may ask\n{lines}\n", encoding="utf-8")
+    with pytest.raises(ConfigError, match=wrong) as refused:
+        ApiKeys.read(tmp_path / "keys.txt")
+    assert "0123456789" not in str(refused.value)
+    (tmp_path / "keys.txt").write_text("# who may ask\nada 0123456789abcdef\n")
+    assert ApiKeys.read(tmp_path / "keys.txt").owner("0123456789abcdef") == "ada"
+
+
+def test_too_many_requests_are_told_how_many_there_may_be_and_when_to_come_again() -> None:
+    async def answer(scope: Any, receive: Any, send: Any) -> None:
+        await Response("yes")(scope, receive, send)
+
+    async def ask(count: int) -> list[httpx.Response]:
+        limits, metrics = Limits(requests_per_minute=3), Metrics(CollectorRegistry())
+        guard = Guard(answer, keys=ApiKeys({}), limits=limits, metrics=metrics, clock=lambda: 7.0)
+        async with httpx.AsyncClient(transport=httpx.ASGITransport(guard), base_url="http://x") as http:
+            return [await http.get("/v1/models") for _ in range(count)]
+
+    *taken, refused = asyncio.run(ask(4))
+    assert [response.status_code for response in taken] == [200] * 3
+    assert error_of(refused) == (429, "rate_limit_exceeded")
+    assert "at most 3 requests a minute" in refused.json()["error"]["message"]
+    assert refused.headers["retry-after"] == "20"
+
+
+@pytest.mark.parametrize(
+    ("make", "is_of_address"),
+    [
+        (lambda: OSError(errno.EADDRINUSE, "Address already in use"), True),
+        (lambda: OSError(errno.EADDRNOTAVAIL, "Cannot assign requested address"), True),
+        (lambda: PermissionError(errno.EACCES, "Permission denied"), True),
+        (lambda: socket.gaierror(socket.EAI_NONAME, "Name or service not known"), True),
+        (lambda: PermissionError(errno.EACCES, "Permission denied", "/srv/poet"), False),
+        (lambda: OSError(errno.ENOSPC, "No space left on device"), False),
+        (lambda: MediaError("the scratch directory cannot hold uploads."), False),
+    ],
+)
+def test_only_an_address_is_said_not_to_be_listened_on(make: Callable[[], OSError], is_of_address: bool) -> None:
+    assert launch._is_of_address(make()) == is_of_address
 
 
 def until(holds: Any, seconds: float = 30) -> None:

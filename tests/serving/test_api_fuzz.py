@@ -4,15 +4,18 @@ A server runs in this process. Whatever is sent, it must answer as its document 
 """
 
 import base64
+import errno
 import json
+import logging
 import os
+import socket
 import sys
 import tempfile
 import time
 from collections import Counter
 from collections.abc import Callable, Iterator
 from pathlib import Path
-from typing import Any
+from typing import Any, NoReturn
 from urllib.parse import quote
 
 import httpx
@@ -20,8 +23,10 @@ import numpy as np
 import pytest
 from hypothesis import HealthCheck, Phase, given, settings
 from hypothesis import strategies as st
+from prometheus_client import Counter as Counted
 
 from poet.bundle import Bundle
+from poet.errors import MediaError
 from poet.media import Clip, write_clip
 from poet.testing import tiny_bundle
 from poet_serving.api.guard import Limits
@@ -331,6 +336,110 @@ def test_two_thousand_damaged_uploads_are_refused_in_time_and_leave_nothing(
     found, longest = post_uploads(client, data, temporary, malformed_uploads(2000, 5))
     print(f"{dict(found)} in {time.monotonic() - begun:.0f} s, the longest took {longest:.1f} s")
     assert found[400] > 1000
+
+
+# Disks, parts and clients that are not as they should be
+
+
+def code_of(answer: httpx.Response) -> tuple[int, str]:
+    """Status and code of an error in OpenAI's shape."""
+    error = answer.json()["error"]
+    assert set(error) == {"message", "type", "param", "code"}
+    return answer.status_code, error["code"]
+
+
+def counted(counter: Counted, label: str) -> float:
+    """How much was counted under a label."""
+    samples = [sample for metric in counter.collect() for sample in metric.samples if sample.name.endswith("_total")]
+    return sum(sample.value for sample in samples if label in sample.labels.values())
+
+
+def test_a_disk_that_takes_no_upload_is_the_servers_trouble_and_only_its_log_says_which(
+    server: RunningServer,
+    client: httpx.Client,
+    png: bytes,
+    monkeypatch: pytest.MonkeyPatch,
+    caplog: pytest.LogCaptureFixture,
+) -> None:
+    def full(**_: Any) -> NoReturn:
+        raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+
+    monkeypatch.setattr("poet_serving.media_reader.tempfile.TemporaryFile", full)
+    url = "data:image/png;base64," + base64.b64encode(png).decode()
+    response = client.post("/v1/videos", json={"prompt": PROMPT, "input_reference": {"image_url": url}})
+    check_trouble(response, server, caplog)
+
+
+def test_a_disk_that_takes_no_picture_of_a_clip_is_the_servers_trouble_and_only_its_log_says_which(
+    server: RunningServer,
+    client: httpx.Client,
+    video_id: str,
+    monkeypatch: pytest.MonkeyPatch,
+    caplog: pytest.LogCaptureFixture,
+) -> None:
+    def full(clip: Clip, path: Path, **_: Any) -> NoReturn:
+        raise MediaError(f"{path}: cannot be written (No space left on device).")
+
+    monkeypatch.setattr("poet_serving.api.finishing.write_clip", full)
+    check_trouble(client.get(f"/v1/videos/{video_id}/content?variant=thumbnail"), server, caplog)
+
+
+def check_trouble(response: httpx.Response, server: RunningServer, caplog: pytest.LogCaptureFixture) -> None:
+    place = str(server.service.store.content.parent)
+    assert code_of(response) == (503, "store_unavailable")
+    assert response.json()["error"]["type"] == "server_error"
+    assert place not in response.text
+    assert [record for record in caplog.records if place in record.getMessage() and "No space" in record.getMessage()]
+
+
+@pytest.mark.parametrize(
+    ("asked", "status"),
+    [("bytes=abc", 400), ("lines=1-2", 400), ("bytes=3-1", 400), ("x", 400), ("bytes=99999999-", 416)],
+)
+def test_a_part_that_there_is_not_is_refused_in_the_same_shape(
+    client: httpx.Client, video_id: str, asked: str, status: int
+) -> None:
+    file = client.post("/v1/files", data={"purpose": "batch"}, files={"file": b"12345"}).json()["id"]
+    for path in (f"/v1/videos/{video_id}/content", f"/v1/files/{file}/content"):
+        response = client.get(path, headers={"range": asked})
+        assert code_of(response) == (status, "invalid_range")
+        size = len(client.get(path).content)
+        assert response.headers.get("content-range") == (f"bytes */{size}" if status == 416 else None)
+        part = client.get(path, headers={"range": "bytes=1-3"})
+        assert (part.status_code, len(part.content)) == (206, 3)
+    client.delete(f"/v1/files/{file}")
+
+
+def test_a_client_that_goes_away_while_it_sends_is_no_error_of_the_servers(
+    server: RunningServer, caplog: pytest.LogCaptureFixture
+) -> None:
+    metrics = server.service.metrics
+    gone, failed = counted(metrics.errors, "client_gone"), counted(metrics.errors, "server_error")
+    address = server.url.removeprefix("http://").split(":")
+    for kind in ("application/json", "multipart/form-data; boundary=abc"):
+        with socket.create_connection((address[0], int(address[1]))) as wire:
+            head = f"host: x\r\ncontent-type: {kind}\r\ncontent-length: 1000\r\n"
+            wire.sendall(f"POST /v1/videos HTTP/1.1\r\n{head}\r\n--abc".encode())
+            time.sleep(0.3)  # until the body is waited for
+    until(lambda: counted(metrics.errors, "client_gone") == gone + 2)
+    assert counted(metrics.requests, "499") >= 2
+    assert counted(metrics.errors, "server_error") == failed
+    assert not [record for record in caplog.records if record.levelno >= logging.ERROR]
+
+
+def test_an_answer_that_the_server_fails_at_is_counted(
+    server: RunningServer, client: httpx.Client, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def fail() -> NoReturn:
+        raise RuntimeError("/a/path")
+
+    requests = server.service.metrics.requests
+    before, others = counted(requests, "500"), counted(requests, "200")
+    monkeypatch.setattr(server.service, "models", fail)
+    response = client.get("/v1/models")
+    assert code_of(response) == (500, "server_error")
+    assert "/a/path" not in response.text
+    assert (counted(requests, "500"), counted(requests, "200")) == (before + 1, others)
 
 
 # Names that are paths

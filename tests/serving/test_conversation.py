@@ -2,6 +2,7 @@
 
 import base64
 import json
+import time
 from typing import Any, get_type_hints
 
 import httpx
@@ -92,6 +93,7 @@ def test_text_beside_other_modalities_adds_nothing(modalities: list[str], task: 
         (clip(), ["audio"], "video_to_audio", "video"),
         (sound(), ["video"], "audio_to_video", "audio"),
         ({"type": "file", "file": {"file_id": "file-1"}}, SEEN, None, None),
+        ({"type": "file", "file": {"file_id": "file-1"}}, ["audio"], "video_to_audio", None),
         ({"type": "file", "file": {"file_data": CLIP, "filename": "a.mp4"}}, SEEN, "video_continuation", "video"),
         ({"type": "image_url", "image_url": {"file_id": "file-1"}}, SEEN, "image_to_video", "image"),
         ({"type": "video_url", "video_url": {"url": PICTURE}}, SEEN, "image_to_video", "image"),
@@ -192,6 +194,8 @@ def test_a_picture_is_meant_until_another_comes_or_a_prompt_of_its_own(phrases: 
         ({}, "invalid_value", "messages"),
         ([], "invalid_value", None),
         ({"messages": []}, "invalid_value", "messages"),
+        ({"messages": [user("x")] * 129}, "invalid_value", "messages"),
+        ({"messages": [user(*["x " * 16_000] * 2)]}, "invalid_value", "messages"),
         ({"messages": [{"role": "tool", "content": "x"}]}, "invalid_value", "messages.0"),
         ({"messages": [assistant("x")]}, "invalid_value", "messages"),
         ({"messages": [user(" ")]}, "invalid_value", "messages"),
@@ -261,9 +265,17 @@ def test_each_answer_has_a_seed_of_its_own() -> None:
 
 
 def test_a_prompt_that_grew_too_long_is_refused() -> None:
-    long = body("a " * 16_000, assistant(None), "b " * 16_000)
-    with pytest.raises(RequestError, match="prompt: "):
-        video_body(long, understand(long))
+    with pytest.raises(RequestError, match="prompt of at most 32768 characters, it has 64") as caught:
+        understand(body("a " * 16_000, assistant(None), "b " * 16_000))
+    assert (caught.value.code, caught.value.param) == ("invalid_value", "messages")
+
+
+def test_a_prompt_that_grows_is_not_edited_any_further_once_it_is_too_long(phrases: Phrases) -> None:
+    long = body(*["b " * 16_000] * 128)
+    start = time.thread_time()
+    with pytest.raises(RequestError, match="prompt of at most"):
+        understand(long, phrases)
+    assert time.thread_time() - start < 2
 
 
 def test_openais_client_reads_an_answer_and_sends_it_back(phrases: Phrases) -> None:

@@ -9,6 +9,7 @@ from fastapi import FastAPI, Request
 from fastapi.exceptions import RequestValidationError
 from starlette.exceptions import HTTPException
 from starlette.middleware.cors import CORSMiddleware
+from starlette.requests import ClientDisconnect
 from starlette.responses import JSONResponse
 from starlette.types import ASGIApp
 
@@ -18,7 +19,7 @@ from poet_serving.api import batches, chat, files, videos
 from poet_serving.api.guard import ApiKeys, Guard, Limits, error_response
 from poet_serving.api.metrics import Metrics
 from poet_serving.api.objects import ErrorBody, ModelList
-from poet_serving.api.service import Service
+from poet_serving.api.service import Service, store_error
 from poet_serving.schema import RequestError
 
 __all__ = ["create_application"]
@@ -59,7 +60,7 @@ def create_application(
 
     @application.get("/v1/models", response_model=ModelList, responses=_errors(401, 429), tags=["models"])
     async def models(request: Request) -> ModelList:
-        """The bundle and its adapters."""
+        """The bundle."""
         return ModelList(data=list(videos.service_of(request).models()))
 
     @application.api_route(
@@ -76,8 +77,7 @@ def create_application(
         application.add_middleware(
             CORSMiddleware, allow_origins=list(origins), allow_methods=["*"], allow_headers=["*"]
         )
-    if keys:
-        _name_keys(application)
+    _amend_document(application, has_keys=bool(keys))
     return application
 
 
@@ -114,8 +114,10 @@ def _add_handlers(application: FastAPI) -> None:
 
     @application.exception_handler(PoetError)
     async def poet_error(request: Request, error: PoetError) -> JSONResponse:
-        if isinstance(error, ConfigError | MediaError):
+        if isinstance(error, ConfigError):
             return await refused(request, RequestError(str(error), code="invalid_value"))
+        if isinstance(error, MediaError):  # of the server's own files: what is wrong with a client's is a RequestError
+            return await refused(request, store_error(error))
         _log.error("%s", error)
         return await refused(request, RequestError(str(error), code="server_error", status=500))
 
@@ -135,6 +137,10 @@ def _add_handlers(application: FastAPI) -> None:
         response.headers.update(error.headers or {})
         return response
 
+    @application.exception_handler(ClientDisconnect)
+    async def gone(request: Request, error: ClientDisconnect) -> JSONResponse:
+        return await refused(request, RequestError("the client has gone.", code="client_gone", status=499))
+
     @application.exception_handler(Exception)
     async def unforeseen(request: Request, error: Exception) -> JSONResponse:
         _log.exception("%s %s failed", request.method, request.url.path, exc_info=error)
@@ -143,14 +149,21 @@ def _add_handlers(application: FastAPI) -> None:
         )
 
 
-def _name_keys(application: FastAPI) -> None:
-    """Say in OpenAPI that a key is needed."""
+def _amend_document(application: FastAPI, *, has_keys: bool) -> None:
+    """Say in OpenAPI that a key is needed, and nothing of FastAPI's own error 422, which is never sent."""
     make = application.openapi
 
     def openapi() -> dict[str, Any]:
         document = make()
-        document.setdefault("components", {})["securitySchemes"] = {"key": {"type": "http", "scheme": "bearer"}}
-        document["security"] = [{"key": []}]
+        parts = document.setdefault("components", {})
+        for operations in document["paths"].values():
+            for operation in operations.values():
+                operation["responses"].pop("422", None)
+        for name in ("HTTPValidationError", "ValidationError"):
+            parts.get("schemas", {}).pop(name, None)
+        if has_keys:
+            parts["securitySchemes"] = {"key": {"type": "http", "scheme": "bearer"}}
+            document["security"] = [{"key": []}]
         return document
 
     application.openapi = openapi  # type: ignore[method-assign]

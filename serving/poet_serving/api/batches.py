@@ -8,8 +8,8 @@ from typing import Annotated, Any, Final, Literal
 from fastapi import APIRouter, Query, Request
 from pydantic import BaseModel
 
-from poet_serving.api.forms import read_form
-from poet_serving.api.videos import ERRORS, owner_of, service_of
+from poet_serving.api.forms import Form, check_fields, read_form
+from poet_serving.api.videos import ERRORS, IdempotencyKey, owner_of, service_of
 from poet_serving.batch import read_lines
 from poet_serving.file_store import ENDED, Batch
 from poet_serving.schema import RequestError
@@ -20,6 +20,7 @@ router = APIRouter(prefix="/v1", tags=["batches"])
 
 ENDPOINT: Final = "/v1/videos"
 MAX_LINES: Final = 50_000
+MAX_OPEN_BATCHES: Final = 16  # of a key
 MAX_TOLD: Final = (16, 64, 512)  # metadata: pairs, characters of a key and of a value
 
 
@@ -37,6 +38,34 @@ class RequestCounts(BaseModel):
     failed: int
 
 
+class BatchFailure(BaseModel):
+    """Why a batch failed as a whole.
+
+    Attributes:
+        code: for a program.
+        message: for a person.
+        line: of the file, or null.
+        param: the field that is wrong, or null.
+    """
+
+    code: str
+    message: str
+    line: int | None = None
+    param: str | None = None
+
+
+class BatchFailures(BaseModel):
+    """All of them.
+
+    Attributes:
+        object: always "list".
+        data: the reasons.
+    """
+
+    object: Literal["list"] = "list"
+    data: list[BatchFailure]
+
+
 class BatchObject(BaseModel):
     """A batch as it stands.
 
@@ -47,6 +76,7 @@ class BatchObject(BaseModel):
         input_file_id: of its lines.
         completion_window: as it was sent; lines are begun as there is room for them.
         status: where it stands.
+        errors: why it failed as a whole; what is wrong with a line is in the file of errors.
         output_file_id, error_file_id: of its results, once it has ended.
         created_at, in_progress_at, completed_at, cancelled_at, failed_at: Unix seconds.
         request_counts: lines.
@@ -59,6 +89,7 @@ class BatchObject(BaseModel):
     input_file_id: str
     completion_window: str
     status: Literal["in_progress", "cancelling", "completed", "failed", "cancelled"]
+    errors: BatchFailures | None = None
     output_file_id: str | None = None
     error_file_id: str | None = None
     created_at: int
@@ -114,19 +145,22 @@ class BatchList(BaseModel):
         }
     },
 )
-async def create_batch(request: Request) -> BatchObject:
+async def create_batch(request: Request, idempotency_key: IdempotencyKey = None) -> BatchObject:
     """Begin a batch: every line of the file is a request to `/v1/videos`, in OpenAI's form."""
     service, owner = service_of(request), owner_of(request)
     form = await read_form(request)
-    known = {"input_file_id", "endpoint", "completion_window", "metadata"}
-    if unknown := sorted(form.fields.keys() - known):
-        raise RequestError(f"unknown field {unknown[0][:100]!r}.", code="unknown_parameter", param=unknown[0][:100])
+    check_fields(form, {"input_file_id", "endpoint", "completion_window", "metadata"})
     if form.field("endpoint", str, required=True) != ENDPOINT:
-        raise RequestError(f"endpoint must be {ENDPOINT}.", code="invalid_value", param="endpoint")
+        raise _must_be("endpoint", ENDPOINT, form)
     if form.field("completion_window", str, required=True) != "24h":
-        raise RequestError("completion_window must be 24h.", code="invalid_value", param="completion_window")
+        raise _must_be("completion_window", "24h", form)
     told = _check_told(form.field("metadata", dict))
     name = form.field("input_file_id", str, required=True)
+    asked = owner, name, ENDPOINT, "24h", told
+    if idempotency_key is not None:  # a known key is answered also where the file is gone
+        known = await service.with_store(service.files.batch_of_key, *asked, idempotency_key=idempotency_key)
+        if known is not None:
+            return _batch(known)
     path = await service.with_store(service.files.path, name, owner)
     total = await asyncio.to_thread(lambda: sum(1 for _ in read_lines(path)))
     if not 0 < total <= MAX_LINES:
@@ -135,8 +169,11 @@ async def create_batch(request: Request) -> BatchObject:
             code="invalid_batch_file",
             param="input_file_id",
         )
-    batch = await service.with_store(service.files.begin, owner, name, ENDPOINT, "24h", total, told)
-    service.batches.start(batch)
+    batch, is_new = await service.with_store(
+        service.files.begin, *asked, total=total, idempotency_key=idempotency_key, max_open=MAX_OPEN_BATCHES
+    )
+    if is_new:
+        service.batches.start(batch)
     return _batch(batch)
 
 
@@ -174,6 +211,11 @@ async def cancel_batch(request: Request, batch_id: str) -> BatchObject:
     return _batch(await service.with_store(service.files.batch, batch_id, owner))
 
 
+def _must_be(name: str, value: str, form: Form) -> RequestError:
+    got = form.field(name, str) or ""
+    return RequestError(f"{name} must be {value}, got {got[:100]!r}.", code="invalid_value", param=name)
+
+
 def _check_told(told: Any) -> dict[str, str] | None:
     """The caller's metadata, within OpenAI's limits."""
     if told is None:
@@ -202,6 +244,7 @@ def _batch(batch: Batch) -> BatchObject:
             "input_file_id": batch.input_file,
             "completion_window": batch.window,
             "status": batch.status,
+            "errors": None if batch.errors is None else {"data": [dict(error) for error in batch.errors]},
             "output_file_id": batch.output_file,
             "error_file_id": batch.error_file,
             "created_at": int(batch.created_at),

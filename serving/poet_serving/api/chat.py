@@ -8,7 +8,7 @@ from typing import Any, Final
 
 from fastapi import APIRouter, Request
 
-from poet_serving.api.forms import read_form
+from poet_serving.api.forms import check_fields, read_form
 from poet_serving.api.service import Service
 from poet_serving.api.videos import ERRORS, owner_of, service_of
 from poet_serving.conversation import Answer, ChatBody, Intent, chat_answer, understand, video_body
@@ -62,11 +62,12 @@ async def complete(request: Request) -> dict[str, Any]:
     """
     service, owner = service_of(request), owner_of(request)
     form = await read_form(request)
+    check_fields(form, form.fields)  # `ChatBody` knows which there are; uploads there are none
     body = ChatBody.parse(dict(form.fields))
-    intent = understand(body, service.phrases)
+    intent = await asyncio.to_thread(understand, body, service.phrases)
     clip = None
     if intent.kind == "caption" and intent.reference is None and intent.previous_video is not None:
-        clip = await service.finished_clip(owner, intent.previous_video)
+        clip = await service.clip_to_describe(owner, intent.previous_video)
     started: list[str] = []
     try:
         for choice in range(body.n):
@@ -77,13 +78,8 @@ async def complete(request: Request) -> dict[str, Any]:
         await _drop(service, owner, started)
         raise
     answers = [await _answer(service, owner, body, intent, job) for job in jobs]
-    prompt = intent.prompt or ""
-    return chat_answer(
-        service.name,
-        answers,
-        prompt_tokens=len(service.pipeline.text_tokenizer.encode(prompt)),
-        metadata=body.metadata,
-    )
+    pieces = await asyncio.to_thread(service.pipeline.text_tokenizer.encode, intent.prompt or "")
+    return chat_answer(service.name, answers, prompt_tokens=len(pieces), metadata=body.metadata)
 
 
 async def _wait(request: Request, service: Service, owner: str, ids: Sequence[str]) -> list[Job]:

@@ -8,9 +8,9 @@ from fastapi import APIRouter, Query, Request
 from fastapi.responses import FileResponse, Response
 from pydantic import BaseModel
 
-from poet_serving.api.forms import read_form
+from poet_serving.api.forms import FileAnswer, check_fields, read_form
 from poet_serving.api.objects import DeletedObject
-from poet_serving.api.videos import ERRORS, owner_of, service_of
+from poet_serving.api.videos import ERRORS, NO_SUCH_PART, owner_of, service_of
 from poet_serving.file_store import StoredFile
 from poet_serving.schema import RequestError
 
@@ -77,6 +77,7 @@ class FileList(BaseModel):
                             "purpose": {"type": "string", "enum": list(PURPOSES)},
                         },
                         "required": ["file", "purpose"],
+                        "additionalProperties": False,
                     }
                 }
             },
@@ -87,6 +88,7 @@ async def upload(request: Request) -> FileObject:
     """Keep a file: the lines of a batch, or a picture, clip or sound that requests name by its id."""
     service = service_of(request)
     form = await read_form(request)
+    check_fields(form, {"file", "purpose"}, {"file"})
     purpose = form.field("purpose", str, required=True)
     if purpose not in PURPOSES:
         raise RequestError(f"purpose must be one of {', '.join(PURPOSES)}.", code="invalid_value", param="purpose")
@@ -133,7 +135,7 @@ async def retrieve_file(request: Request, file_id: str) -> FileObject:
 
 @router.get(
     "/files/{file_id}/content",
-    responses=ERRORS | {200: {"content": {"application/octet-stream": {}}}},
+    responses=ERRORS | NO_SUCH_PART | {200: {"content": {"application/octet-stream": {}}}},
     response_class=FileResponse,
     summary="Download a file",
 )
@@ -143,12 +145,12 @@ async def file_content(request: Request, file_id: str) -> Response:
     path = await service.with_store(service.files.path, file_id, owner_of(request))
     # Never as a page: what a stranger uploaded is not shown by a browser.
     headers = {"x-content-type-options": "nosniff", "content-disposition": f'attachment; filename="{file_id}"'}
-    return FileResponse(path, media_type="application/octet-stream", headers=headers)
+    return FileAnswer(path, media_type="application/octet-stream", headers=headers)
 
 
 @router.delete("/files/{file_id}", response_model=DeletedObject, responses=ERRORS, summary="Delete a file")
 async def delete_file(request: Request, file_id: str) -> DeletedObject:
-    """Remove a file. A batch that has read it goes on."""
+    """Remove a file. A batch of its lines that is open goes on."""
     service = service_of(request)
     await service.with_store(service.files.delete, file_id, owner_of(request))
     return DeletedObject(id=file_id, object="file")

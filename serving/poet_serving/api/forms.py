@@ -1,20 +1,26 @@
-"""Bodies as OpenAI's clients send them: JSON, or multipart with files. Knows HTTP; not what the fields mean."""
+"""Bodies as OpenAI's clients send them, JSON or multipart with files, and files as they are sent to them.
+
+Knows HTTP; not what the fields mean.
+"""
 
 from __future__ import annotations
 
 import dataclasses
 import json
 import re
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 from typing import Any, Final
 
-from starlette.datastructures import UploadFile
+from starlette.datastructures import Headers, UploadFile
 from starlette.exceptions import HTTPException
 from starlette.requests import Request
+from starlette.responses import FileResponse
+from starlette.types import Message, Receive, Scope, Send
 
+from poet_serving.api.guard import BadRange
 from poet_serving.schema import RequestError
 
-__all__ = ["Form", "read_form"]
+__all__ = ["FileAnswer", "Form", "check_fields", "read_form"]
 
 MAX_FIELDS: Final = 64
 MAX_FILES: Final = 2
@@ -55,6 +61,49 @@ class Form:
             known = {str: "a text", float: "a number", dict: "an object"}[kind]
             raise RequestError(f"{name} must be {known}.", code="invalid_value", param=name)
         return value
+
+
+class FileAnswer(FileResponse):
+    """A file, or the parts of it that a header `Range` asks for.
+
+    Raises:
+        RequestError: when it is sent: that header is none, or asks for what the file does not have.
+    """
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        """Send it."""
+
+        async def sent(message: Message) -> None:
+            if message["type"] == "http.response.start" and message["status"] >= 400:  # of plain text, or of nothing
+                asked = Headers(scope=scope)["range"][:100]
+                if message["status"] == 416:
+                    size = Headers(raw=message["headers"])["content-range"]
+                    raise BadRange(
+                        f"Range must ask for bytes that the file has, got {asked!r}. It has {size.partition('/')[2]}.",
+                        size,
+                    )
+                raise RequestError(f"Range must be bytes=FIRST-LAST, got {asked!r}.", code="invalid_range")
+            await send(message)
+
+        await super().__call__(scope, receive, sent)
+
+
+def check_fields(form: Form, fields: Collection[str], files: Collection[str] = ()) -> None:
+    """Raise unless all that a body holds is known.
+
+    Args:
+        form: the body.
+        fields: names of plain values.
+        files: names of uploads.
+
+    Raises:
+        RequestError: it holds something else.
+    """
+    for kind, sent, known in (("field", form.fields, fields), ("file", form.files, files)):
+        if unknown := sorted(sent.keys() - set(known)):
+            name, there = unknown[0][:100], ", ".join(sorted(known)) or "none"
+            message = f"the body must have no {kind} but these: {there}; it has {name!r}. Leave that out."
+            raise RequestError(message, code="unknown_parameter", param=name)
 
 
 async def read_form(request: Request) -> Form:
@@ -112,6 +161,8 @@ async def _read_multipart(request: Request) -> Form:
         names: dict[str, str] = {}
         for name, value in form.multi_items():
             _check_unicode(name + (value if isinstance(value, str) else value.filename or ""))
+            if isinstance(value, UploadFile) and "\0" in (value.filename or ""):
+                raise RequestError("a file's name must not hold a null character.", code="invalid_value")
             if name in fields or name in files:
                 raise RequestError(f"{name[:100]} must be there once.", code="invalid_value", param=name[:100])
             if isinstance(value, UploadFile):

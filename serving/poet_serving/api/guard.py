@@ -23,7 +23,7 @@ from poet.errors import ConfigError
 from poet_serving.api.metrics import Metrics
 from poet_serving.schema import RequestError
 
-__all__ = ["ApiKeys", "Guard", "Limits", "TooMany", "error_response"]
+__all__ = ["ApiKeys", "BadRange", "Guard", "Limits", "TooMany", "error_response"]
 
 MIN_KEY: Final = 16  # characters
 _NAME: Final = re.compile(r"[A-Za-z0-9_.-]{1,64}")
@@ -65,7 +65,8 @@ class ApiKeys:
         """Read keys from a file, one `NAME KEY` a line; lines that begin with # are passed over.
 
         Raises:
-            ConfigError: it cannot be read, holds no key, or one that is too short or named twice.
+            ConfigError: it cannot be read, holds no key, one that is too short or that no header can hold, or a name
+                or a key twice.
         """
         if path is None:
             return cls({})
@@ -79,10 +80,9 @@ class ApiKeys:
                 continue
             name, _, key = line.strip().partition(" ")
             key = key.strip()
-            if not _NAME.fullmatch(name) or len(key) < MIN_KEY or name in keys or " " in key:
+            if (wrong := _wrong_line(name, key, keys)) is not None:
                 raise ConfigError(
-                    f"line {number} of {path} must be NAME KEY, a name of its own and a key of at least {MIN_KEY} "
-                    "characters. `openssl rand -hex 24` makes one."
+                    f"line {number} of {path} must be NAME KEY, {wrong}. `openssl rand -hex 24` makes one."
                 )
             keys[name] = key
         if not keys:
@@ -102,6 +102,22 @@ class ApiKeys:
             if hmac.compare_digest(given, digest):
                 found = name
         return found
+
+
+def _wrong_line(name: str, key: str, known: Mapping[str, str]) -> str | None:
+    """What a line of keys must be and is not, if anything; the key itself is never told."""
+    if not _NAME.fullmatch(name):
+        return "a name of 1 to 64 letters, digits or _.-, a space and a key; its name is none"
+    if name in known:
+        return f"a name of its own and a key; the name {name} stands above already"
+    if len(key) < MIN_KEY:
+        return f"a name and a key of at least {MIN_KEY} characters; the key has {len(key)}"
+    if not key.isascii() or not key.isprintable() or " " in key:
+        return "a name and a key of ASCII characters without spaces; the key has others, which no header can hold"
+    if key in known.values():
+        same = next(other for other, its in known.items() if its == key)
+        return f"a name and a key of its own; the key is that of {same}, and nobody could tell the two apart"
+    return None
 
 
 def _digest(key: str) -> bytes:
@@ -177,7 +193,12 @@ class Guard:
             )
         wait = self._rate.wait(owner)
         if wait > 0:
-            raise TooMany("too many requests a minute of this key.", "rate_limit_exceeded", wait)
+            raise TooMany(
+                f"a key must make at most {self._limits.requests_per_minute} requests a minute, this one made more. "
+                "Wait as long as Retry-After says.",
+                "rate_limit_exceeded",
+                wait,
+            )
         scope.setdefault("state", {})["owner"] = owner
 
     def _check_length(self, scope: Scope) -> None:
@@ -223,8 +244,10 @@ class Guard:
 
         try:
             await self._app(scope, limited, noted)
-        except BaseException:
+        except BaseException as error:
             if trouble is None or started:
+                if isinstance(error, Exception) and not started:  # it is answered further out, where nobody counts
+                    self._metrics.requests.labels("500").inc()
                 raise
             await self._refuse(trouble, scope, receive, send)
 
@@ -250,9 +273,24 @@ class TooMany(RequestError):
         self.wait = wait
 
 
+class BadRange(RequestError):
+    """A part of a file that there is not.
+
+    Args:
+        message: for a person.
+        content_range: how large the file is, in the words of the header `Content-Range`.
+    """
+
+    def __init__(self, message: str, content_range: str) -> None:
+        super().__init__(message, code="invalid_range", status=416)
+        self.content_range = content_range
+
+
 def error_response(error: RequestError) -> JSONResponse:
     """An error in OpenAI's shape."""
     headers = {}
+    if isinstance(error, BadRange):
+        headers["content-range"] = error.content_range
     if isinstance(error, TooMany):
         headers = {
             "retry-after": str(max(1, round(error.wait))),

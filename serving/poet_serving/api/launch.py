@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 import asyncio
+import errno
 import os
+import socket
 from typing import Any, Final
 
 from poet.bundle import Bundle
-from poet.errors import ConfigError
+from poet.errors import ConfigError, PoetError
 from poet_serving.api.guard import ApiKeys
 from poet_serving.api.options import ServeOptions
 from poet_serving.plugin import END_WITH_PARENT, register_classes
@@ -38,7 +40,8 @@ def serve(options: ServeOptions) -> None:
 
     Raises:
         CheckpointError: the bundle cannot be used.
-        ConfigError: the keys cannot be read, the address is taken, or vLLM is not installed.
+        ConfigError: the keys cannot be read, the address cannot be listened on, or vLLM is not installed.
+        PoetError: an engine ended by itself.
         JobError: the store of jobs cannot be used.
     """
     ApiKeys.read(options.keys)  # what is wrong is said now, not half a minute later
@@ -48,6 +51,9 @@ def serve(options: ServeOptions) -> None:
     set_environment()
     os.environ["VLLM_PLUGINS"] = "poet,poet_api"
     os.environ[END_WITH_PARENT] = "1"
+    # Longer than clients are told to wait until they ask again, and than proxies keep connections: whoever closes first
+    # takes the other's next request with it.
+    os.environ.setdefault("VLLM_HTTP_TIMEOUT_KEEP_ALIVE", "75")
     os.environ.setdefault("VLLM_USE_V2_MODEL_RUNNER", "0")
     os.environ.setdefault("VLLM_CPU_OMP_THREADS_BIND", "nobind")
     os.environ.setdefault("VLLM_WORKER_MULTIPROC_METHOD", "spawn")
@@ -77,10 +83,24 @@ def serve(options: ServeOptions) -> None:
             "use_tqdm_on_load": False,
             "poet": options,
             "poet_settings": settings,
+            "poet_engine_gone": False,
         }
     )
     try:
         with asyncio.Runner(loop_factory=uvloop.new_event_loop) as runner:
             runner.run(run_server(arguments))
     except OSError as error:
-        raise ConfigError(f"cannot listen on {options.host}:{options.port}: {error.strerror}.") from error
+        if not _is_of_address(error):
+            raise
+        raise ConfigError(
+            f"--host and --port must be an address that is free, cannot listen on {options.host}:{options.port}: "
+            f"{error.strerror}. Name another."
+        ) from error
+    if arguments.poet_engine_gone:
+        raise PoetError("an engine ended by itself, so the server ended too; jobs go on after the next start.")
+
+
+def _is_of_address(error: OSError) -> bool:
+    """Whether an error is that of an address rather than of a file."""
+    taken = (errno.EADDRINUSE, errno.EADDRNOTAVAIL, errno.EACCES)
+    return isinstance(error, socket.gaierror) or (error.errno in taken and error.filename is None)

@@ -118,7 +118,7 @@ class DeletedObject(BaseModel):
 
 
 class ModelObject(BaseModel):
-    """A bundle or an adapter.
+    """A bundle.
 
     Attributes:
         id: by which a request names it.

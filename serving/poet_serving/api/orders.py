@@ -32,7 +32,7 @@ class Order:
     Attributes:
         body: of the request, with its seed.
         task: its task's name.
-        model: what it was asked of: the bundle's name or an adapter's.
+        model: the bundle that it was asked of, by name.
         remixed_from: id of the video that it was made from, or None.
         extend_by: seconds to go on for behind the given clip; None: as far as the model goes at once.
     """

@@ -22,12 +22,13 @@ import numpy as np
 from fastapi import FastAPI
 from starlette.exceptions import HTTPException
 from starlette.requests import Request
-from starlette.responses import FileResponse, HTMLResponse, JSONResponse, RedirectResponse, Response
+from starlette.responses import HTMLResponse, JSONResponse, RedirectResponse, Response
 from starlette.routing import Route, Router
 from starlette.types import ASGIApp, Receive, Scope, Send
 
 from poet_serving.api import page_talk, page_view
 from poet_serving.api.finishing import encode_clip
+from poet_serving.api.forms import FileAnswer
 from poet_serving.api.guard import ApiKeys, Limits, error_response
 from poet_serving.api.page_talk import KINDS, Asked, Talk, parse_talk
 from poet_serving.api.service import Service
@@ -36,6 +37,7 @@ from poet_serving.schema import RequestError
 __all__ = ["Page", "Uploads"]
 
 MAX_SAMPLES: Final = 4
+MAX_LOGIN: Final = 8192  # bytes of a name and its key
 SESSION_SECONDS: Final = 7 * 24 * 3600.0
 UPLOAD_SECONDS: Final = 15 * 60.0
 UPLOADS_KEPT: Final = 4  # of the largest size
@@ -92,7 +94,7 @@ class Page:
 
         Raises:
             HTTPException: there is nothing there.
-            RequestError: there is no such clip, or an upload is empty.
+            RequestError: there is no such clip, an upload is empty, or a login is none.
         """
         if scope["type"] != "http":  # gradio needs none of the others
             raise HTTPException(404)
@@ -107,8 +109,7 @@ class Page:
     async def _login(self, request: Request) -> Response:
         if request.method != "POST" or not self._keys:
             return RedirectResponse("./", status_code=303)
-        given = parse_qs((await request.body()).decode("utf-8", "replace"), max_num_fields=8)
-        name, key = (given.get(field, [""])[0] for field in ("username", "password"))
+        name, key = await _read_login(request)
         is_browser = "text/html" in request.headers.get("accept", "")
         if not name or self._keys.owner(key) != name:
             await asyncio.sleep(0.5)  # whoever guesses has to wait
@@ -156,7 +157,7 @@ class Page:
         found, media_type = await self._service().file(owner, id, variant)
         if isinstance(found, bytes):
             return Response(found, media_type=media_type, headers=headers)
-        return FileResponse(found, media_type=media_type, headers=headers)
+        return FileAnswer(found, media_type=media_type, headers=headers)
 
     async def _hand_on(self, scope: Scope, receive: Receive, send: Send) -> None:
         """Let gradio answer."""
@@ -218,6 +219,26 @@ def _ask(request: Request) -> Response:
     return error_response(
         RequestError("a name and its key must be given at / first.", code="not_logged_in", status=401)
     )
+
+
+async def _read_login(request: Request) -> tuple[str, str]:
+    """The name and the key of a login, of which no more is read than they may have.
+
+    Raises:
+        RequestError: it is too large, or no form.
+    """
+    content = b""
+    async for chunk in request.stream():
+        content += chunk
+        if len(content) > MAX_LOGIN:
+            message = f"a login must have at most {MAX_LOGIN} bytes, this one has more. Send a name and its key alone."
+            raise RequestError(message, code="request_too_large", status=413)
+    try:
+        given = parse_qs(content.decode("utf-8", "replace"), max_num_fields=8)
+    except ValueError as error:
+        raise RequestError("a login must have a username and a password alone.", code="invalid_value") from error
+    name, key = (given.get(field, [""])[0] for field in ("username", "password"))
+    return name, key
 
 
 def _owner_of(request: Request) -> str | None:
@@ -306,11 +327,11 @@ class _Callbacks:
         upload = self._uploads.get(owner, token)
         if name is not None and upload is None:
             page_talk.refuse(current, said, name, "The file is no longer here. Attach it again.")
-            return *self._shown(current), gr.skip(), None
+            return *await self._shown(current), gr.skip(), None
         if not await page_talk.answer(self._service, current, asked, said, name, upload):
-            return *self._shown(current), gr.skip(), gr.skip()  # to be mended and sent again
+            return *await self._shown(current), gr.skip(), gr.skip()  # to be mended and sent again
         self._uploads.drop(token)
-        return *self._shown(current), "", None
+        return *await self._shown(current), "", None
 
     async def say(
         self, request: gr.Request, event: gr.EventData, talk: Any, file: Any, *settings: Any
@@ -323,7 +344,7 @@ class _Callbacks:
         current, ends = parse_talk(talk, request.username or ""), time.monotonic() + WATCH_SECONDS
         while current.is_open and time.monotonic() < ends:
             if await page_talk.follow(self._service, current):
-                yield self._shown(current)
+                yield await self._shown(current)
             if current.is_open:
                 await asyncio.sleep(POLL_SECONDS)
 
@@ -331,24 +352,23 @@ class _Callbacks:
         """Stop what is being written."""
         current = parse_talk(talk, request.username or "")
         await page_talk.stop(self._service, current)
-        return self._shown(current)
+        return await self._shown(current)
 
     async def fresh(self, request: gr.Request, talk: Any) -> tuple[Any, ...]:
         """Begin anew."""
         await self.stop(request, talk)
-        return self._shown(Talk(owner=request.username or ""))
+        return await self._shown(Talk(owner=request.username or ""))
 
-    def show(self, request: gr.Request, talk: Any) -> tuple[Any, ...]:
+    async def show(self, request: gr.Request, talk: Any) -> tuple[Any, ...]:
         """What a page shows that is opened: the conversation that the browser kept."""
         owner = request.username or ""
         model = self._service.models()[0]
-        return *self._shown(parse_talk(talk, owner)), page_view.header_view(
-            model.id, model.sizes[0], model.seconds, owner
-        )
+        header = page_view.header_view(model.id, model.sizes[0], model.seconds, owner)
+        return *await self._shown(parse_talk(talk, owner)), header
 
-    def _shown(self, talk: Talk) -> tuple[Any, ...]:
+    async def _shown(self, talk: Talk) -> tuple[Any, ...]:
         """The conversation, for the browser to keep and to show; the button that stops; the clock that watches."""
-        edits = page_talk.edits(self._service, talk)
+        edits = await asyncio.to_thread(page_talk.edits, self._service, talk)
         parts = page_view.view(talk, page_talk.examples(self._service), edits)
         return talk.model_dump(), parts, gr.update(visible=talk.is_open), gr.update(active=talk.is_open)
 

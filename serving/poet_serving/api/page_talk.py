@@ -13,10 +13,10 @@ from typing import Annotated, Any, Final, Literal
 
 from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
-from poet.errors import PoetError
+from poet.errors import MediaError, PoetError
 from poet.media import Clip
 from poet_serving.api.orders import REFERENCE, Order, unpack_clip
-from poet_serving.api.service import Service
+from poet_serving.api.service import Service, store_error
 from poet_serving.conversation import ChatBody, Intent, understand, video_body
 from poet_serving.jobs import JobError, JobStatus
 from poet_serving.phrases import edit_prompt, is_whole_prompt
@@ -242,7 +242,7 @@ async def answer(service: Service, talk: Talk, asked: Asked, said: str, file: st
             raise RequestError(f"a message must have at most {MAX_PROMPT} characters.", code="invalid_value")
         await _accept(service, talk, asked, turn, upload)
     except PoetError as error:
-        turn.error = _sentence(str(error))
+        turn.error = _sentence(str(store_error(error) if isinstance(error, MediaError) else error))
     except Exception as error:  # noqa: BLE001 - whoever asked must be told, whatever it is
         _log.exception("the page could not take a message", exc_info=error)
         turn.error = "The server failed; its log says why."
@@ -264,15 +264,15 @@ async def _accept(service: Service, talk: Talk, asked: Asked, turn: Turn, upload
     messages = [message for earlier in talk.turns[:-1] for message in _messages(earlier)]
     messages.append(_message(turn.said, None if upload is None else "upload"))
     body = ChatBody.parse(asked.to_fields() | {"messages": messages})
-    intent = understand(body, service.phrases)
+    intent = await asyncio.to_thread(understand, body, service.phrases)
     turn.prompt = intent.prompt
     clip: Clip | None = None
     reference = None if intent.reference is None else intent.reference.file_id
-    task = "video_to_audio" if reference is not None and body.modalities == ["audio"] else intent.task
+    task = intent.task
     if reference is not None and upload is None:
-        task, clip = await _given_again(service, talk.owner, reference, task, intent)
+        task, clip = await _given_again(service, talk.owner, reference, intent)
     elif reference is None and intent.kind == "caption" and intent.previous_video is not None:
-        clip = await service.finished_clip(talk.owner, intent.previous_video)
+        clip = await service.clip_to_describe(talk.owner, intent.previous_video)
     bare = dataclasses.replace(intent, reference=None, task=task)
     try:
         for choice in range(body.n):
@@ -307,14 +307,14 @@ def _message(said: str, file_id: str | None) -> dict[str, Any]:
     return {"role": "user", "content": parts}
 
 
-async def _given_again(service: Service, owner: str, id: str, task: str | None, intent: Intent) -> tuple[str, Clip]:
+async def _given_again(service: Service, owner: str, id: str, intent: Intent) -> tuple[str, Clip]:
     """What an earlier turn was made from, for another of the same task.
 
     Raises:
         RequestError: it is gone, or was read for something else.
     """
     read_for, clip = await given_clip(service, owner, id)
-    if task not in (None, read_for) or (intent.kind == "clip" and read_for == "captioning"):
+    if intent.task not in (None, read_for) or (intent.kind == "clip" and read_for == "captioning"):
         raise RequestError("the file was read for another kind of answer. Attach it again.", code="invalid_value")
     return read_for, clip
 

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import asyncio
 import dataclasses
+import logging
 import secrets
 import time
 from collections.abc import Sequence
@@ -33,13 +34,14 @@ from poet_serving.phrases import Phrases, edit_prompt
 from poet_serving.references import data_url_content
 from poet_serving.schema import InputReference, RequestError, VideoBody, check_model
 
-__all__ = ["MAX_EXTENSION", "VARIANTS", "Service"]
+__all__ = ["MAX_EXTENSION", "Service", "store_error"]
+
+_log = logging.getLogger(__name__)
 
 MAX_EXTENSION: Final = 20.0  # seconds
-VARIANTS: Final = ("video", "thumbnail", "spritesheet", "audio")
 _BUSY: Final = 5.0  # seconds after which to come again where the queue is full
 _LOOK_AGAIN: Final = 30.0  # seconds; a job that ends says so
-_STORE_CODES: Final = {"not_found": 404, "idempotency_conflict": 409, "store_unavailable": 503}
+_STORE_CODES: Final = {"not_found": 404, "idempotency_conflict": 409}
 
 
 class Service:
@@ -131,7 +133,7 @@ class Service:
         """
         check_model(body, (self.name,))
         if idempotency_key is None:  # a known key is answered also where there is no room
-            await self._check_room(owner)
+            await self.check_room(owner)
         if reference is None and body.input_reference is not None:
             reference = await self._content(owner, body.input_reference)
         task = body.task
@@ -167,14 +169,21 @@ class Service:
         path = await self.with_store(self.files.path, reference.file_id, owner)
         return await asyncio.to_thread(path.read_bytes)
 
-    async def _check_room(self, owner: str) -> None:
-        """Refuse what there is no room for before it is opened; the store counts again when it takes it."""
+    async def check_room(self, owner: str) -> None:
+        """Refuse what there is no room for before it is opened; the store counts again when it takes it.
+
+        Raises:
+            TooMany: the owner has as many open jobs as a key may have, or the queue of all is full.
+            RequestError: the store cannot be read.
+        """
         open_jobs = 0
         for status in (JobStatus.QUEUED, JobStatus.IN_PROGRESS):
             open_jobs += await self.with_store(self.store.count, status, owner)
         if open_jobs >= self.limits.open_jobs:
             message = f"a key must have at most {self.limits.open_jobs} jobs at a time. Wait for some to end."
             raise TooMany(message, "too_many_jobs", _BUSY)
+        if await self.with_store(self.store.count, JobStatus.QUEUED) >= self.limits.queue:
+            raise TooMany("the queue is full.", "queue_full", _BUSY)
 
     def _check(self, order: Order, clip: Clip | None) -> None:
         """Find out now whether it can be carried out."""
@@ -203,7 +212,7 @@ class Service:
         job = await self._completed(owner, id)
         order = Order.from_dict(job.body)
         previous = (job.result or {}).get("prompt") or ""
-        edited = edit_prompt(previous, prompt, self.phrases) if previous else prompt
+        edited = await asyncio.to_thread(edit_prompt, previous, prompt, self.phrases) if previous else prompt
         values = order.body.model_dump(mode="json", exclude_none=True) | {"prompt": edited, "task": order.task}
         clip = await asyncio.to_thread(self._given, id)
         return await self.submit(
@@ -349,6 +358,19 @@ class Service:
             raise RequestError("the job wrote a text, which has no content.", code="no_content", status=404)
         return await asyncio.to_thread(self._finished_clip, id, name)
 
+    async def clip_to_describe(self, owner: str, id: str) -> Clip:
+        """The beginning of a job's clip, as long as the bundle's own clips: so much does a description read.
+
+        Raises:
+            RequestError: as `finished_clip`.
+        """
+        clip, geometry = await self.finished_clip(owner, id), self.bundle.geometry()
+        return dataclasses.replace(
+            clip,
+            frames=None if clip.frames is None else clip.frames[: geometry.num_frames],
+            samples=None if clip.samples is None else clip.samples[: geometry.num_samples(geometry.num_frames)],
+        )
+
     def show(self, job: Job) -> VideoObject:
         """A job as clients read it."""
         return to_video(job, size=self._size, seconds=self._seconds, progress=self.worker.progress(job.id))
@@ -391,14 +413,20 @@ class Service:
         Raises:
             RequestError: what the store says is wrong.
         """
+        if any(isinstance(value, str) and "\0" in value for value in (*arguments, *keywords.values())):
+            raise RequestError("no name holds a null character.", code="not_found", status=404)  # PostgreSQL takes none
         try:
             return await asyncio.to_thread(method, *arguments, **keywords)
         except JobError as error:
             raise store_error(error) from error
 
 
-def store_error(error: JobError) -> RequestError:
-    """The store's errors, as a program reads them."""
-    if error.code in ("too_many_jobs", "queue_full"):
+def store_error(error: JobError | MediaError) -> RequestError:
+    """The store's errors, as a program reads them; what its files and database say is for the log alone."""
+    if isinstance(error, MediaError) or error.code == "store_unavailable":
+        _log.error("%s", error)
+        message = "the server cannot keep or read its files at the moment; its log says why. Try again later."
+        return RequestError(message, code="store_unavailable", status=503)
+    if error.code in ("too_many_jobs", "queue_full", "too_many_batches"):
         return TooMany(str(error), error.code, _BUSY)
     return RequestError(str(error), code=error.code, status=_STORE_CODES.get(error.code, 500))

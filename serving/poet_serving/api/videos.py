@@ -8,12 +8,12 @@ from typing import Annotated, Any, Final, Literal
 from fastapi import APIRouter, Header, Query, Request
 from fastapi.responses import FileResponse, Response
 
-from poet_serving.api.forms import Form, read_form
+from poet_serving.api.forms import FileAnswer, Form, check_fields, read_form
 from poet_serving.api.objects import DeletedObject, ErrorBody, VideoList, VideoObject
 from poet_serving.api.service import Service
 from poet_serving.schema import RequestError, VideoBody
 
-__all__ = ["ERRORS", "IdempotencyKey", "owner_of", "router", "service_of"]
+__all__ = ["ERRORS", "NO_SUCH_PART", "IdempotencyKey", "owner_of", "router", "service_of"]
 
 router = APIRouter(prefix="/v1/videos", tags=["videos"])
 
@@ -29,7 +29,10 @@ ERRORS: Final[dict[int | str, dict[str, Any]]] = {
     413: {"model": ErrorBody, "description": "The request is too large."},
     415: {"model": ErrorBody, "description": "Neither JSON nor multipart."},
     429: {"model": ErrorBody, "description": "Too many requests or jobs; `Retry-After` says when to come again."},
-    503: {"model": ErrorBody, "description": "The store of jobs cannot be used."},
+    503: {"model": ErrorBody, "description": "Jobs or files cannot be kept or read at the moment."},
+}
+NO_SUCH_PART: Final[dict[int | str, dict[str, Any]]] = {
+    416: {"model": ErrorBody, "description": "The file has not the bytes that `Range` asks for."}
 }
 POLL_SHARE: Final = 0.1  # of its age a job is waited for before it is asked for again
 POLL_SECONDS: Final = (0.25, 5.0)  # at least and at most
@@ -106,7 +109,7 @@ def owner_of(request: Request) -> str:
 async def create(request: Request, response: Response, idempotency_key: IdempotencyKey = None) -> VideoObject:
     """Accept a request for a clip. It is stored when this answers; ask for it again until it is completed."""
     form = await read_form(request)
-    _check_files(form, {"input_reference"})
+    check_fields(form, VideoBody.model_fields, {"input_reference"})
     body = VideoBody.parse(dict(form.fields))
     upload = form.files.get("input_reference")
     if upload is not None and body.input_reference is not None:
@@ -194,7 +197,7 @@ async def delete(request: Request, video_id: str) -> DeletedObject:
 
 @router.get(
     "/{video_id}/content",
-    responses=ERRORS | {200: {"content": {"video/mp4": {}, "image/png": {}, "audio/wav": {}}}},
+    responses=ERRORS | NO_SUCH_PART | {200: {"content": {"video/mp4": {}, "image/png": {}, "audio/wav": {}}}},
     response_class=FileResponse,
     summary="Download a video",
 )
@@ -212,7 +215,7 @@ async def content(
     if isinstance(found, bytes):
         return Response(found, media_type=media_type, headers=headers)
     name = f"{video_id}{found.suffix}"
-    return FileResponse(found, media_type=media_type, filename=name, content_disposition_type="inline", headers=headers)
+    return FileAnswer(found, media_type=media_type, filename=name, content_disposition_type="inline", headers=headers)
 
 
 @router.get("/{video_id}/stream", responses=ERRORS | {501: {"model": ErrorBody}}, summary="Watch while it is written")
@@ -245,7 +248,7 @@ async def remix(
 ) -> VideoObject:
     """The same seed and settings; a prompt that says what to change edits the video's own, a whole one replaces it."""
     form = await read_form(request)
-    _check_fields(form, {"prompt"})
+    check_fields(form, {"prompt"})
     prompt = form.field("prompt", str, required=True)
     return _with_hint(response, await service_of(request).remix(owner_of(request), video_id, prompt, idempotency_key))
 
@@ -260,8 +263,7 @@ def _with_hint(response: Response, video: VideoObject) -> VideoObject:
 
 def _source(form: Form, known: set[str]) -> tuple[str | None, bytes | None]:
     """What an edit or extension starts from: a video's id, or an upload."""
-    _check_fields(form, known)
-    _check_files(form, {"video"})
+    check_fields(form, known, {"video"})
     given = form.field("video", dict)
     upload = form.files.get("video")
     if (given is None) == (upload is None):
@@ -271,13 +273,3 @@ def _source(form: Form, known: set[str]) -> tuple[str | None, bytes | None]:
     if set(given) != {"id"} or not isinstance(given["id"], str):
         raise RequestError('video must be {"id": ...}.', code="invalid_value", param="video")
     return given["id"], None
-
-
-def _check_fields(form: Form, known: set[str]) -> None:
-    if unknown := sorted(form.fields.keys() - known):
-        raise RequestError(f"unknown field {unknown[0][:100]!r}.", code="unknown_parameter", param=unknown[0][:100])
-
-
-def _check_files(form: Form, known: set[str]) -> None:
-    if unknown := sorted(form.files.keys() - known):
-        raise RequestError(f"unknown file {unknown[0][:100]!r}.", code="unknown_parameter", param=unknown[0][:100])
