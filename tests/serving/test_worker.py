@@ -93,8 +93,10 @@ def test_an_engine_that_says_it_is_gone_is_given_no_more_jobs(bundle: Bundle, tm
 
 def test_being_told_to_end_is_no_attempt(bundle: Bundle, tmp_path: Path) -> None:
     engine = FailingEngine(EngineGoneError("vLLM gave the request up."), None)
-    ended = run(bundle, tmp_path, engine, 1.0, is_told_to_end=lambda: True)
+    told: list[str] = []
+    ended = run(bundle, tmp_path, engine, 1.0, is_told_to_end=lambda: True, engine_gone=lambda: told.append("gone"))
     assert ended == 3 * [(JobStatus.QUEUED, None, 0)]
+    assert told == []
 
 
 @pytest.mark.parametrize(

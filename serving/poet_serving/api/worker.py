@@ -59,7 +59,7 @@ class Worker:
         capacity: jobs at a time.
         lasts: seconds that a job's files are kept for; None: for ever.
         max_bytes: of all jobs' files together, beyond which the oldest go; None: no limit.
-        engine_gone: called once when the engine is found to be gone: nothing will be written any more.
+        engine_gone: called once when the engine is found to be gone by itself: nothing will be written any more.
         is_told_to_end: whether the server was asked to end; if so, that the engine is gone is no job's fault.
     """
 
@@ -193,10 +193,11 @@ class Worker:
 
     async def _give_back(self, job: Job) -> None:
         """The engine is gone: as the server was told to end, or because the job is more than it can bear."""
+        suspect = not self._is_told_to_end()
         if not self._is_ending:
             self._is_ending = True
-            self._engine_gone()
-        suspect = not self._is_told_to_end()
+            if suspect:
+                self._engine_gone()
         try:
             await asyncio.to_thread(self._store.release, job.id, suspect=suspect, lasts=self._lasts)
         except JobError as error:  # it waits again after the next start
