@@ -303,7 +303,7 @@ class Bundle:
         """
         if not self.writes_parallel:
             raise ConfigError(
-                f"the model of {self.path} has not learnt to write many ids at once (its config.json does not say "
+                f"the model {self.path.name} has not learnt to write many ids at once (its config.json does not say "
                 f"{TRAINED_PARALLEL_KEY}). Write one id after another, or choose a bundle that was trained with a "
                 "parallel_share."
             )

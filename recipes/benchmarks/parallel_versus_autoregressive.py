@@ -10,7 +10,8 @@ Rules, the same for both sides:
 - Latency is the wall time from a request to its ids, one clip at a time, each side with the engine's own number of
   threads. Rounds alternate which side comes first; a figure is the median over rounds, a ratio the median of the
   rounds' ratios. Tokenizers are left out: they are the same for both.
-- A forward pass of the autoregressive side writes one id; of the parallel side it sees the whole clip.
+- A forward pass of the autoregressive side writes one id; of the parallel side it sees the whole clip. A guided step is
+  two passes, whose rows are in one batch. The autoregressive side is not guided.
 """
 
 from __future__ import annotations
@@ -39,7 +40,9 @@ TASK: Final = "text_to_video_audio"
 say = functools.partial(print, file=sys.stderr, flush=True)
 
 
-def request_of(bundle: Bundle, seed: int, decoding: ParallelDecoding | None) -> GenerationRequest:
+def request_of(
+    bundle: Bundle, seed: int, decoding: ParallelDecoding | None, guidance_scale: float = 1.0
+) -> GenerationRequest:
     """What the pipeline would ask an engine for, for the caption of one drawn clip."""
     from poet.data.toybox import draw
     from poet.generation.canvas import plan_canvas
@@ -53,16 +56,19 @@ def request_of(bundle: Bundle, seed: int, decoding: ParallelDecoding | None) -> 
     shapes: dict[str, Any] = {"video_latent_shape": shape.video, "num_audio_latents": shape.audio}
     text = tuple(bundle.text_tokenizer.encode(draw("seen", seed).caption))
     scene = Scene(task=TASK, text=text, resolution=geometry.resolution)
+    is_parallel = decoding is not None
+    scale = guidance_scale if is_parallel else 1.0
     return GenerationRequest(
-        prefix_ids=tuple(pack_prefix(scene, vocabulary, parallel=decoding is not None).tolist()),
+        prefix_ids=tuple(pack_prefix(scene, vocabulary, parallel=is_parallel).tolist()),
+        guide_ids=tuple(pack_prefix(scene, vocabulary, parallel=is_parallel, drop_text=True).tolist()),
         grammar=output_grammar(task, vocabulary, **shapes),
-        sampling=SamplingConfig(temperature=bundle.generation_config.temperature, seed=seed),
+        sampling=SamplingConfig(temperature=bundle.generation_config.temperature, seed=seed, guidance_scale=scale),
         canvas=None if decoding is None else plan_canvas(decoding, task, vocabulary, **shapes),
     )
 
 
 def measure_latency(
-    engine: Engine, bundle: Bundle, decodings: Sequence[ParallelDecoding], rounds: int
+    engine: Engine, bundle: Bundle, decodings: Sequence[ParallelDecoding], guidance_scale: float, rounds: int
 ) -> dict[str, Any]:
     """Seconds of one clip by every way to decode; one round before those that count is dropped."""
     sides: list[ParallelDecoding | None] = [None, *decodings]
@@ -70,28 +76,29 @@ def measure_latency(
     length = 0
     for turn in range(rounds + 1):
         for side in sides if turn % 2 else reversed(sides):
-            request = request_of(bundle, turn, side)
+            request = request_of(bundle, turn, side, guidance_scale)
             begun = time.perf_counter()
             [ids] = engine.generate([request])
             seconds = time.perf_counter() - begun
             length = len(ids)
             if turn:
                 found[name_of(side)].append(seconds)
-    return compare(found, length)
+    return compare(found, length, passes_a_step=1 if guidance_scale == 1 else 2)
 
 
-def compare(seconds: Mapping[str, Sequence[float]], length: int) -> dict[str, Any]:
+def compare(seconds: Mapping[str, Sequence[float]], length: int, passes_a_step: int = 1) -> dict[str, Any]:
     """Medians, and how many times faster than autoregressive decoding each side is.
 
     Args:
         seconds: of each side in every round; "autoregressive" is one of them, the others are numbers of steps.
         length: ids of an output.
+        passes_a_step: forward passes of a step of parallel decoding.
     """
     slow = seconds["autoregressive"]
     result: dict[str, Any] = {}
     for name, values in seconds.items():
         ratios = [theirs / ours for ours, theirs in zip(values, slow, strict=True)]
-        passes = length if name == "autoregressive" else int(name)
+        passes = length if name == "autoregressive" else passes_a_step * int(name)
         result[name] = {
             "seconds": round(statistics.median(values), 3),
             "ratio": round(statistics.median(ratios), 2),
@@ -103,7 +110,9 @@ def compare(seconds: Mapping[str, Sequence[float]], length: int) -> dict[str, An
     return result
 
 
-def measure_accuracy(bundle: Bundle, decoding: ParallelDecoding | None, count: int, folder: Path) -> dict[str, float]:
+def measure_accuracy(
+    bundle: Bundle, decoding: ParallelDecoding | None, guidance_scale: float, count: int, folder: Path
+) -> dict[str, float]:
     """Share of right attributes of each split."""
     from poet.evaluation.measure import generation
 
@@ -116,7 +125,12 @@ def measure_accuracy(bundle: Bundle, decoding: ParallelDecoding | None, count: i
         task=TASK,
         seed=0,
         engine="vllm",
-        sampling={"temperature": None, "top_k": None, "top_p": None, "guidance_scale": None},
+        sampling={
+            "temperature": None,
+            "top_k": None,
+            "top_p": None,
+            "guidance_scale": 1.0 if decoding is None else guidance_scale,
+        },
         decoding=decoding,
         progress=lambda *_: None,
     )
@@ -173,6 +187,7 @@ def parse(arguments: Sequence[str] | None = None) -> argparse.Namespace:
     add("--order", default=None, help="whole, parts or frames; none: the default of poet generate")
     add("--schedule", default=None, help="none: the default of poet generate")
     add("--choice-temperature", type=float, default=None, help="none: the default of poet generate")
+    add("--guidance-scale", type=float, default=2.0, help="of parallel decoding; 1 is off")
     add("--count", type=int, default=200, help="clips a split whose accuracy is measured; 0 measures latency alone")
     add("--rounds", type=int, default=7, help="rounds of latency")
     add("--output", type=Path, default=ROOT / "runs" / "benchmarks" / f"{Path(__file__).stem}.json", help="JSON report")
@@ -208,13 +223,13 @@ def main() -> None:
     decodings = [ParallelDecoding(num_steps=steps, **chosen) for steps in options.steps]
     engine = load_engine("vllm", bundle.path, decodings=["autoregressive", "parallel"])
     try:
-        latency = measure_latency(engine, bundle, decodings, options.rounds)
+        latency = measure_latency(engine, bundle, decodings, options.guidance_scale, options.rounds)
     finally:
         engine.close()
     accuracy = {}
     folder = options.output.parent / options.output.stem
     for decoding in [None, *decodings] if options.count else []:
-        accuracy[name_of(decoding)] = measure_accuracy(bundle, decoding, options.count, folder)
+        accuracy[name_of(decoding)] = measure_accuracy(bundle, decoding, options.guidance_scale, options.count, folder)
         say(f"{name_of(decoding)}: {accuracy[name_of(decoding)]}")
     usual = decodings[0]
     report = {
@@ -230,6 +245,7 @@ def main() -> None:
             "order": usual.order,
             "schedule": usual.schedule,
             "choice_temperature": usual.choice_temperature,
+            "guidance_scale": options.guidance_scale,
             "temperature": bundle.generation_config.temperature,
         },
         "latency": latency,

@@ -89,6 +89,6 @@ def batch(
         "failed": summary.failed,
         "answered_before": summary.before,
         "seconds": summary.seconds,
-        "clips_per_second": round(answered / max(1e-9, summary.seconds), 3),
+        "lines_per_second": round(answered / max(1e-9, summary.seconds), 3),
     }
     show_result(facts, json)

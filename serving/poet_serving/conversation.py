@@ -251,7 +251,7 @@ def _caption(body: ChatBody, seen: _Given | str | None, previous: str | None) ->
     if seen is None:
         raise RequestError(
             'this model cannot chat in text: it writes clips. Send modalities ["video", "audio"] for a clip from your '
-            'text, or a picture or clip with modalities ["text"] for a description of it.',
+            'text, or a clip with modalities ["text"] for a description of it.',
             code="modality_unsupported",
             param="modalities",
         )

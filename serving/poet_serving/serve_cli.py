@@ -71,5 +71,5 @@ def serve(
         max_bytes=None if keep_gigabytes is None else int(keep_gigabytes * GIGABYTE),
         page=page,
     )
-    note(f"serving {options.bundle_dir} at http://{host}:{port} once the engine is started")
+    note(f"starting the engines of {options.bundle_dir}; this takes half a minute or more")
     run(options)

@@ -12,6 +12,7 @@ import atexit
 import contextlib
 import os
 import signal
+import sys
 import threading
 from argparse import Namespace
 from collections.abc import Iterator
@@ -122,6 +123,7 @@ class PoetEndpoint:
         )
         self._application.state.service = service
         service.start()
+        sys.stderr.write(f"serving at http://{options.host}:{options.port}\n")
 
 
 def _note_shutdown(engine_client: Any) -> threading.Event:
