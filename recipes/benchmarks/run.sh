@@ -2,6 +2,7 @@
 # Measures this machine; `make bench` runs it. Arguments for one script alone: call that script, see README.md.
 #   SKIP_CODEC=1   leave out the codec (its peer needs an environment of its own, which takes some minutes to build)
 #   SKIP_VLLM=1    leave out vLLM
+#   SKIP_PARALLEL=1 leave out parallel decoding (half an hour)
 #   SKIP_MEGATRON=1 leave out the Megatron trainer
 #   PEER=folder    where the codec's peer is or shall be installed
 set -euo pipefail
@@ -24,6 +25,12 @@ if [ -n "${SKIP_VLLM:-}" ]; then
   echo "skipped by SKIP_VLLM: vLLM against transformers"
 else
   python $HERE/vllm_versus_transformers.py
+fi
+
+if [ -n "${SKIP_PARALLEL:-}" ]; then
+  echo "skipped by SKIP_PARALLEL: parallel against autoregressive decoding"
+else
+  python $HERE/parallel_versus_autoregressive.py
 fi
 
 if [ -n "${SKIP_MEGATRON:-}" ]; then
