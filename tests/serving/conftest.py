@@ -1,5 +1,6 @@
 """What several tests of the server share."""
 
+import gc
 import importlib.util
 import os
 import shutil
@@ -22,6 +23,16 @@ def malformed_uploads() -> Callable[[int, int], Iterator[tuple[str, bytes]]]:
     spec.loader.exec_module(module)
     made: Callable[[int, int], Iterator[tuple[str, bytes]]] = module.malformed_uploads
     return made
+
+
+@pytest.fixture
+def no_collections() -> Iterator[None]:
+    """No garbage is collected: in a process with much in it that takes longer than what a test measures."""
+    gc.disable()
+    try:
+        yield
+    finally:
+        gc.enable()
 
 
 @pytest.fixture(scope="session")

@@ -270,6 +270,7 @@ def test_a_prompt_that_grew_too_long_is_refused() -> None:
     assert (caught.value.code, caught.value.param) == ("invalid_value", "messages")
 
 
+@pytest.mark.usefixtures("no_collections")
 def test_a_prompt_that_grows_is_not_edited_any_further_once_it_is_too_long(phrases: Phrases) -> None:
     long = body(*["b " * 16_000] * 128)
     start = time.thread_time()
