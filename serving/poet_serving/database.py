@@ -19,7 +19,7 @@ from sqlalchemy.orm import DeclarativeBase, Session
 
 from poet.errors import PoetError
 
-__all__ = ["Base", "Database", "JobError"]
+__all__ = ["Base", "Database", "JobError", "key_conflict"]
 
 _log = logging.getLogger(__name__)
 
@@ -39,6 +39,12 @@ class JobError(PoetError, RuntimeError):
     def __init__(self, message: str, code: str) -> None:
         super().__init__(message)
         self.code = code
+
+
+def key_conflict() -> JobError:
+    """What whoever sends another request under a known Idempotency-Key is told."""
+    message = "this Idempotency-Key was used for another request. Send a new key with a new request."
+    return JobError(message, "idempotency_conflict")
 
 
 class Base(DeclarativeBase):

@@ -20,7 +20,8 @@ from typing import Any, Final, Literal, TypeVar
 from sqlalchemy import JSON, Index, String, Text, delete, func, select, update
 from sqlalchemy.orm import Mapped, mapped_column
 
-from poet_serving.jobs import Base, JobError, JobStore
+from poet_serving.database import Base, JobError, key_conflict
+from poet_serving.jobs import JobStore
 
 __all__ = ["Batch", "FileStore", "StoredFile"]
 
@@ -425,10 +426,7 @@ class FileStore:
         if known is None:
             return None
         if known.request_sha256 != digest:
-            raise JobError(
-                "this Idempotency-Key was used for another request. Send a new key with a new request.",
-                "idempotency_conflict",
-            )
+            raise key_conflict()
         return _plain(Batch, session.scalars(select(_Batch).where(_Batch.id == known.batch)).one())
 
     @staticmethod

@@ -27,7 +27,7 @@ from sqlalchemy.orm import Mapped, Session, mapped_column
 
 from poet.errors import ConfigError
 from poet.training.processes import alone_in
-from poet_serving.database import Base, Database, JobError
+from poet_serving.database import Base, Database, JobError, key_conflict
 
 __all__ = ["Base", "Job", "JobError", "JobStatus", "JobStore"]
 
@@ -492,10 +492,7 @@ class JobStore:
             if known is None:
                 return None
             if known.request_sha256 != digest:
-                raise JobError(
-                    "this Idempotency-Key was used for another request. Send a new key with a new request.",
-                    "idempotency_conflict",
-                )
+                raise key_conflict()
             row = session.get(_Row, known.job)
             return None if row is None else _job(row)
 

@@ -10,7 +10,10 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
+
+from poet.media import Clip, write_clip
 
 
 @pytest.fixture(scope="session")
@@ -23,6 +26,15 @@ def malformed_uploads() -> Callable[[int, int], Iterator[tuple[str, bytes]]]:
     spec.loader.exec_module(module)
     made: Callable[[int, int], Iterator[tuple[str, bytes]]] = module.malformed_uploads
     return made
+
+
+@pytest.fixture(scope="session")
+def picture(tmp_path_factory: pytest.TempPathFactory) -> bytes:
+    """A PNG file of noise."""
+    path = tmp_path_factory.mktemp("picture") / "x.png"
+    frames = np.random.default_rng(0).integers(0, 255, (1, 24, 40, 3), np.uint8)
+    write_clip(Clip(frames=frames, fps=8, samples=None, sample_rate=16_000), path)
+    return path.read_bytes()
 
 
 @pytest.fixture

@@ -83,14 +83,6 @@ def keyed(bundle: Bundle, tmp_path_factory: pytest.TempPathFactory) -> Iterator[
         yield running
 
 
-@pytest.fixture(scope="module")
-def picture(tmp_path_factory: pytest.TempPathFactory) -> bytes:
-    path = tmp_path_factory.mktemp("picture") / "x.png"
-    frames = np.random.default_rng(0).integers(0, 255, (1, 24, 40, 3), np.uint8)
-    write_clip(Clip(frames=frames, fps=8, samples=None, sample_rate=16_000), path)
-    return path.read_bytes()
-
-
 class Visitor:
     """The page without a browser: it keeps what a browser would, and sends it back."""
 

@@ -13,11 +13,9 @@ from pathlib import Path
 from typing import Any
 
 import httpx
-import numpy as np
 import pytest
 
 from poet.bundle import Bundle, default_bundle
-from poet.media import Clip, write_clip
 from poet.testing import tiny_bundle
 from poet_serving.api.guard import Limits
 from poet_serving.testing import RunningServer, run_server
@@ -45,14 +43,6 @@ def server(bundle: Bundle, tmp_path_factory: pytest.TempPathFactory) -> Iterator
 def keyed(bundle: Bundle, tmp_path_factory: pytest.TempPathFactory) -> Iterator[RunningServer]:
     with run_server(bundle, tmp_path_factory.mktemp("keyed"), keys=KEYS, limits=LIMITS, page=True) as running:
         yield running
-
-
-@pytest.fixture(scope="module")
-def picture(tmp_path_factory: pytest.TempPathFactory) -> bytes:
-    path = tmp_path_factory.mktemp("picture") / "x.png"
-    frames = np.random.default_rng(0).integers(0, 255, (1, 24, 40, 3), np.uint8)
-    write_clip(Clip(frames=frames, fps=8, samples=None, sample_rate=16_000), path)
-    return path.read_bytes()
 
 
 class Tab:
