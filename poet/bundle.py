@@ -33,6 +33,7 @@ __all__ = [
     "TRAINED_TASKS_KEY",
     "Bundle",
     "GenerationDefaults",
+    "ParallelDefaults",
     "check_fingerprint",
     "default_bundle",
 ]
@@ -75,6 +76,36 @@ def check_fingerprint(found: str, expected: str, what: str, advice: str) -> None
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
+class ParallelDefaults:
+    """What parallel decoding does when it is not told otherwise.
+
+    Attributes:
+        num_steps: of a clip.
+        guidance_scale: in place of the one of autoregressive decoding.
+        guidance_start, guidance_stop: shares of the steps between which guidance is in force.
+
+    Raises:
+        ConfigError: a value out of its range.
+    """
+
+    num_steps: int = 16
+    guidance_scale: float = 1.0
+    guidance_start: float = 0.0
+    guidance_stop: float = 1.0
+
+    def __post_init__(self) -> None:
+        if not isinstance(self.num_steps, int) or isinstance(self.num_steps, bool) or self.num_steps < 1:
+            raise ConfigError(f"num_steps must be an integer of at least 1, got {self.num_steps!r}.")
+        for name in ("guidance_scale", "guidance_start", "guidance_stop"):
+            _check_finite(name, getattr(self, name))
+        if self.guidance_scale < 0 or not 0 <= self.guidance_start <= self.guidance_stop <= 1:
+            raise ConfigError(
+                "guidance_scale must not be negative, and 0 <= guidance_start <= guidance_stop <= 1; got "
+                f"{self.guidance_scale}, {self.guidance_start}, {self.guidance_stop}."
+            )
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
 class GenerationDefaults:
     """What a command does when it is not told otherwise: the content of generation_config.json.
 
@@ -88,6 +119,7 @@ class GenerationDefaults:
         top_k: only so many of the likeliest ids are drawn from; 0 is all.
         top_p: only the likeliest ids that together have this probability are drawn from; in (0, 1].
         guidance_scale: 1 is off.
+        parallel: of parallel decoding.
 
     Raises:
         ConfigError: a value out of its range.
@@ -102,6 +134,7 @@ class GenerationDefaults:
     top_k: int = 0
     top_p: float = 1.0
     guidance_scale: float = 1.0
+    parallel: ParallelDefaults = dataclasses.field(default_factory=ParallelDefaults)
 
     def __post_init__(self) -> None:
         get_task(self.task)
@@ -111,9 +144,7 @@ class GenerationDefaults:
             if not isinstance(value, int) or isinstance(value, bool) or value < low:
                 raise ConfigError(f"{name} must be an integer of at least {low}, got {value!r}.")
         for name in ("fps", "temperature", "top_p", "guidance_scale"):
-            value = getattr(self, name)
-            if not isinstance(value, (int, float)) or isinstance(value, bool) or not math.isfinite(value):
-                raise ConfigError(f"{name} must be a finite number, got {value!r}.")
+            _check_finite(name, getattr(self, name))
         if self.fps <= 0 or self.temperature < 0 or self.guidance_scale < 0 or not 0 < self.top_p <= 1:
             raise ConfigError(
                 "fps must be positive, temperature and guidance_scale not negative, top_p in (0, 1]; got "
@@ -127,11 +158,32 @@ class GenerationDefaults:
         Raises:
             ConfigError: a key is missing or unknown, or a value cannot be used.
         """
+        parallel = values.get("parallel", {})  # not said before there was any
+        if not isinstance(parallel, Mapping):
+            raise ConfigError(f"parallel must be an object, got {parallel!r}.")
         known = {field.name for field in dataclasses.fields(cls)}
-        missing, unknown = sorted(known - set(values)), sorted(set(values) - known)
+        theirs = {field.name for field in dataclasses.fields(ParallelDefaults)}
+        missing = sorted(known - set(values) - {"parallel"})
+        unknown = sorted(set(values) - known) + sorted(f"parallel.{name}" for name in set(parallel) - theirs)
         if missing or unknown:
             raise ConfigError(f"generation defaults lack the keys {missing} and have the unknown keys {unknown}.")
-        return cls(**values)
+        return cls(**{**values, "parallel": ParallelDefaults(**parallel)})
+
+    def sampling(self, *, parallel: bool) -> dict[str, float | int]:
+        """How ids are drawn: temperature, top_k, top_p and guidance_scale, for one of the two decodings."""
+        drawn = {name: getattr(self, name) for name in ("temperature", "top_k", "top_p", "guidance_scale")}
+        return drawn | ({"guidance_scale": self.parallel.guidance_scale} if parallel else {})
+
+    def steps(self) -> dict[str, float | int]:
+        """Of parallel decoding: num_steps, guidance_start and guidance_stop."""
+        steps = dataclasses.asdict(self.parallel)
+        del steps["guidance_scale"]
+        return steps
+
+
+def _check_finite(name: str, value: object) -> None:
+    if not isinstance(value, (int, float)) or isinstance(value, bool) or not math.isfinite(value):
+        raise ConfigError(f"{name} must be a finite number, got {value!r}.")
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True, eq=False)

@@ -38,6 +38,12 @@ def evaluate(
     choice_temperature: Annotated[
         float | None, typer.Option(help="Of parallel decoding: noise on which places are kept.")
     ] = None,
+    guidance_start: Annotated[
+        float | None, typer.Option(help="Of parallel decoding: share of the steps after which guidance sets in.")
+    ] = None,
+    guidance_stop: Annotated[
+        float | None, typer.Option(help="Of parallel decoding: share of the steps after which guidance ends.")
+    ] = None,
     upsample: Annotated[bool, typer.Option(help="Judge pictures of twice the size.")] = False,
     upsample_steps: Annotated[int | None, typer.Option(help="Of upsampling: forward passes.")] = None,
     upsample_temperature: Annotated[float | None, typer.Option(help="Of upsampling: 0 takes the likeliest.")] = None,
@@ -69,7 +75,14 @@ def evaluate(
             "guidance_scale": guidance_scale,
         }
         parallel = parallel_decoding(
-            decoding, steps=steps, schedule=schedule, order=order, choice_temperature=choice_temperature
+            decoding,
+            bundle,
+            steps=steps,
+            schedule=schedule,
+            order=order,
+            choice_temperature=choice_temperature,
+            guidance_start=guidance_start,
+            guidance_stop=guidance_stop,
         )
         larger = upsampling(upsample, steps=upsample_steps, temperature=upsample_temperature)
         with progress("evaluating") as advance:

@@ -25,7 +25,7 @@ DEFAULT_ENGINE = "vllm"
 GIVEN = ("image", "video", "audio")
 SAMPLING = ("temperature", "top_k", "top_p", "guidance_scale")
 REPETITION = ("repetition_penalty", "repetition_window")
-PARALLEL = ("steps", "schedule", "order", "choice_temperature")
+PARALLEL = ("steps", "schedule", "order", "choice_temperature", "guidance_start", "guidance_stop")
 DECODINGS = ("autoregressive", "parallel")
 SUFFIXES = {"image": ".png", "audio": ".wav"}
 
@@ -66,6 +66,12 @@ def generate(
     choice_temperature: Annotated[
         float | None, typer.Option(help="Of parallel decoding: noise on which places are kept; 0 keeps the surest.")
     ] = None,
+    guidance_start: Annotated[
+        float | None, typer.Option(help="Of parallel decoding: share of the steps after which guidance sets in.")
+    ] = None,
+    guidance_stop: Annotated[
+        float | None, typer.Option(help="Of parallel decoding: share of the steps after which guidance ends.")
+    ] = None,
     upsample: Annotated[bool | None, typer.Option(help="Write the picture in twice the size.")] = None,
     upsample_steps: Annotated[int | None, typer.Option(help="Of upsampling: forward passes.")] = None,
     upsample_temperature: Annotated[float | None, typer.Option(help="Of upsampling: 0 takes the likeliest.")] = None,
@@ -105,6 +111,8 @@ def generate(
         schedule=schedule,
         order=order,
         choice_temperature=choice_temperature,
+        guidance_start=guidance_start,
+        guidance_stop=guidance_stop,
         upsample=upsample,
         upsample_steps=upsample_steps,
         upsample_temperature=upsample_temperature,
@@ -129,11 +137,10 @@ def generate(
     from poet.generation.pipeline import ClipRequest, Pipeline
     from poet.generation.sampling import SamplingConfig
 
-    parallel = parallel_decoding(settings.decoding, **{name: getattr(settings, name) for name in PARALLEL})
+    parallel = parallel_decoding(settings.decoding, bundle, **{name: getattr(settings, name) for name in PARALLEL})
     larger = upsampling(settings.upsample, steps=settings.upsample_steps, temperature=settings.upsample_temperature)
-    asked = {name: getattr(settings, name) for name in SAMPLING}
-    sampling = {name: getattr(defaults, name) if value is None else value for name, value in asked.items()}
-    sampling |= {name: value for name in REPETITION if (value := getattr(settings, name)) is not None}
+    said = {name: value for name in (*SAMPLING, *REPETITION) if (value := getattr(settings, name)) is not None}
+    sampling: dict[str, Any] = defaults.sampling(parallel=parallel is not None) | said
     first_seed = settings.seed if settings.seed is not None else _new_seed()
     requests = [
         ClipRequest(
@@ -198,6 +205,8 @@ class _Settings:
     schedule: str | None
     order: str | None
     choice_temperature: float | None
+    guidance_start: float | None
+    guidance_stop: float | None
     upsample: bool | None
     upsample_steps: int | None
     upsample_temperature: float | None
@@ -249,6 +258,8 @@ def _settings_like(path: Path, asked: _Settings, bundle: Bundle) -> tuple[_Setti
             schedule=facts.get("schedule"),
             order=facts.get("order"),
             choice_temperature=None if "choice_temperature" not in facts else float(facts["choice_temperature"]),
+            guidance_start=float(facts.get("guidance_start", 0)) if "decoding" in facts else None,
+            guidance_stop=float(facts.get("guidance_stop", 1)) if "decoding" in facts else None,
             upsample=True if "upsample_steps" in facts else None,
             upsample_steps=None if "upsample_steps" not in facts else int(facts["upsample_steps"]),
             upsample_temperature=None if "upsample_steps" not in facts else float(facts["upsample_temperature"]),
@@ -354,18 +365,28 @@ def _targets(output: Path | None, num_samples: int, task: Task) -> list[Path]:
 
 def parallel_decoding(
     decoding: str | None,
+    bundle: Bundle,
     *,
     steps: int | None,
     schedule: str | None,
     order: str | None,
     choice_temperature: float | None,
+    guidance_start: float | None,
+    guidance_stop: float | None,
 ) -> ParallelDecoding | None:
-    """What the options of parallel decoding ask for; None for autoregressive decoding.
+    """What the options of parallel decoding ask for, and the bundle where they are silent; None for autoregressive.
 
     Raises:
         ConfigError: an unknown decoding, a value that cannot be used, or an option of the other decoding.
     """
-    options = {"num_steps": steps, "schedule": schedule, "order": order, "choice_temperature": choice_temperature}
+    options = {
+        "num_steps": steps,
+        "schedule": schedule,
+        "order": order,
+        "choice_temperature": choice_temperature,
+        "guidance_start": guidance_start,
+        "guidance_stop": guidance_stop,
+    }
     said = {name: value for name, value in options.items() if value is not None}
     if (decoding or DECODINGS[0]) not in DECODINGS:
         raise ConfigError(f"--decoding must be one of {', '.join(DECODINGS)}, got {decoding!r}.")
@@ -378,7 +399,7 @@ def parallel_decoding(
         return None
     from poet.generation.canvas import ParallelDecoding
 
-    return ParallelDecoding(**said)  # type: ignore[arg-type]
+    return ParallelDecoding(**(bundle.generation_config.steps() | said))  # type: ignore[arg-type]
 
 
 def upsampling(upsample: bool | None, *, steps: int | None, temperature: float | None) -> Upsampling | None:

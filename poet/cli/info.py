@@ -16,7 +16,15 @@ __all__ = ["info"]
 
 NUMBERS: Final = frozenset(
     {"seed", "temperature", "top_k", "top_p", "guidance_scale", "repetition_penalty", "repetition_window", "steps"}
-    | {"choice_temperature", "upsample_steps", "upsample_temperature", "fps", "duration"}
+    | {
+        "choice_temperature",
+        "guidance_start",
+        "guidance_stop",
+        "upsample_steps",
+        "upsample_temperature",
+        "fps",
+        "duration",
+    }
 )
 """What is a number in a clip's metadata, where a file can only keep it as text."""
 

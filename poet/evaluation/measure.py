@@ -95,7 +95,7 @@ def generation(
             what it should have written.
         MediaError: `output` cannot be a directory.
     """
-    row, defaults = get_task(task), bundle.generation_config
+    row = get_task(task)
     if row.writes_text or row.edit is not None or not row.inputs:
         raise ConfigError(
             f"task {task} cannot be evaluated: the judge compares pictures and sounds with the caption of a clip "
@@ -105,9 +105,8 @@ def generation(
     splits = _check_splits(splits, start)
     _make_directory(output)
     about = _about(bundle)  # before the long work: while it lasts, the working tree may change
-    settings: dict[str, Any] = {
-        name: getattr(defaults, name) if value is None else value for name, value in sampling.items()
-    }
+    said = {name: value for name, value in sampling.items() if value is not None}
+    settings: dict[str, Any] = bundle.generation_config.sampling(parallel=decoding is not None) | said
     scores: dict[str, list[dict[str, bool]]] = {}
     ids, seconds = 0, 0.0
     weights = bundle.weights_sha256  # of the files that the engine is about to read

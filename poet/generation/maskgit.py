@@ -93,17 +93,24 @@ class CanvasPlan:
             linear, 1 - r; square, 1 - r^2.
         choice_temperature: of the Gumbel noise on confidences, which falls to 0 with a stage's last step. 0 keeps the
             surest places; more brings variety. Greedy outputs have none.
+        guidance_start, guidance_stop: shares of the output's steps between which guidance is in force, where there is
+            any; the steps outside cost half as much.
         pinned: (place, id) pairs that are known from the start.
         mask_id: the id that unknown places show.
 
     Raises:
-        ConfigError: no stage, stages that overlap or run backwards, an unknown schedule, or a negative temperature.
+        ConfigError: no stage, stages that overlap or run backwards, an unknown schedule, a negative temperature, or
+            shares of steps that are none.
+
+    Source: of guidance in a part of the steps, arXiv:2404.07724, there for diffusion.
     """
 
     stages: tuple[Stage, ...]
     mask_id: int
     schedule: Schedule = "cosine"
     choice_temperature: float = 1.0
+    guidance_start: float = 0.0
+    guidance_stop: float = 1.0
     pinned: tuple[tuple[int, int], ...] = ()
 
     def __post_init__(self) -> None:
@@ -119,6 +126,11 @@ class CanvasPlan:
             raise ConfigError(
                 f"choice_temperature must be a number of at least 0 (0 adds no noise), got {self.choice_temperature!r}."
             )
+        if not 0 <= self.guidance_start <= self.guidance_stop <= 1:
+            raise ConfigError(
+                "guidance must have 0 <= guidance_start <= guidance_stop <= 1, shares of the steps, got "
+                f"{self.guidance_start!r} and {self.guidance_stop!r}."
+            )
         if len({place for place, _ in self.pinned}) != len(self.pinned):
             raise ConfigError("a place must be pinned once at most, got one that is pinned twice. Leave one pin out.")
 
@@ -126,6 +138,10 @@ class CanvasPlan:
     def num_steps(self) -> int:
         """Steps of all stages, where none has fewer unknown places than steps."""
         return sum(stage.num_steps for stage in self.stages)
+
+    def guided_steps(self, num_steps: int) -> range:
+        """Which steps guidance is in force in, of so many in all."""
+        return range(*(round(share * num_steps) for share in (self.guidance_start, self.guidance_stop)))
 
 
 def unknown_after(num_places: int, num_steps: int, schedule: Schedule) -> list[int]:
@@ -207,6 +223,11 @@ class Canvas:
     def done(self) -> bool:
         """Whether every place is known."""
         return self.step == len(self._due)
+
+    @property
+    def takes_guidance(self) -> bool:
+        """Whether this step is one of those that guidance is for."""
+        return self.step in self.plan.guided_steps(self.num_steps)
 
     @property
     def num_known(self) -> int:
@@ -299,11 +320,11 @@ def draw_places(
 
 def _draw(scores: Tensor, generator: torch.Generator) -> Tensor:
     """(N, W) logits to (N,) places of them, each drawn with one random number: where it falls among the shares."""
-    shares = scores.double().softmax(-1).cumsum(-1)
-    level = torch.rand(len(scores), 1, dtype=torch.float64, generator=generator).to(shares.device) * shares[:, -1:]
-    # Rounding must not lead behind the last id that has a share.
-    last = (shares < shares[:, -1:]).sum(-1, keepdim=True)
-    return torch.searchsorted(shares, level, right=True).minimum(last)[:, 0]
+    shares = (scores - scores.amax(-1, keepdim=True)).exp_().cumsum(-1, dtype=torch.float64)
+    total = shares[:, -1:].contiguous()
+    level = torch.rand(len(scores), 1, dtype=torch.float64, generator=generator).to(shares.device) * total
+    # Rounding must not lead behind the last id that has a share, which is the first to reach the total.
+    return torch.searchsorted(shares, level, right=True).minimum(torch.searchsorted(shares, total))[:, 0]
 
 
 def _runs(low: NDArray[np.int64], high: NDArray[np.int64]) -> Iterator[tuple[int, int]]:
@@ -336,7 +357,7 @@ def fill_canvases(
     guides = [None] * len(prefixes) if guides is None else guides
     while waiting := [row for row, canvas in enumerate(canvases) if not canvas.done]:
         rows = [(prefixes[row], canvases[row]) for row in waiting]
-        guided = [row for row in waiting if guides[row] is not None]
+        guided = [row for row in waiting if guides[row] is not None and canvases[row].takes_guidance]
         rows += [(ids, canvases[row]) for row in guided if (ids := guides[row]) is not None]
         hidden = _hidden(model, [[*prefix, *canvas.shown()] for prefix, canvas in rows])
         for place, row in enumerate(waiting):

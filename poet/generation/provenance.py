@@ -35,6 +35,8 @@ def describe_decoding(decoding: ParallelDecoding | None) -> dict[str, str]:
         "schedule": decoding.schedule,
         "order": decoding.order,
         "choice_temperature": repr(float(decoding.choice_temperature)),
+        "guidance_start": repr(float(decoding.guidance_start)),
+        "guidance_stop": repr(float(decoding.guidance_stop)),
     }
 
 

@@ -10,8 +10,8 @@ Rules, the same for both sides:
 - Latency is the wall time from a request to its ids, one clip at a time, each side with the engine's own number of
   threads. Rounds alternate which side comes first; a figure is the median over rounds, a ratio the median of the
   rounds' ratios. Tokenizers are left out: they are the same for both.
-- A forward pass of the autoregressive side writes one id; of the parallel side it sees the whole clip. A guided step is
-  two passes, whose rows are in one batch. The autoregressive side is not guided.
+- A forward pass of the autoregressive side writes one id; of the parallel side it sees the whole clip. A step in which
+  guidance is in force is two passes, whose rows are in one batch. The autoregressive side is not guided.
 """
 
 from __future__ import annotations
@@ -83,29 +83,38 @@ def measure_latency(
             length = len(ids)
             if turn:
                 found[name_of(side)].append(seconds)
-    return compare(found, length, passes_a_step=1 if guidance_scale == 1 else 2)
+    passes = {name_of(side): passes_of(side, guidance_scale) for side in decodings}
+    return compare(found, {"autoregressive": length, **passes}, length)
 
 
-def compare(seconds: Mapping[str, Sequence[float]], length: int, passes_a_step: int = 1) -> dict[str, Any]:
+def passes_of(decoding: ParallelDecoding, guidance_scale: float) -> int:
+    """Forward passes of an output: one a step, and a second one where guidance is in force."""
+    from poet.generation.maskgit import Stage
+
+    steps = decoding.num_steps
+    guided = 0 if guidance_scale == 1 else len(decoding.plan((Stage(0, 1, 1),), 0).guided_steps(steps))
+    return steps + guided
+
+
+def compare(seconds: Mapping[str, Sequence[float]], passes: Mapping[str, int], length: int) -> dict[str, Any]:
     """Medians, and how many times faster than autoregressive decoding each side is.
 
     Args:
         seconds: of each side in every round; "autoregressive" is one of them, the others are numbers of steps.
+        passes: of each side, forward passes of an output.
         length: ids of an output.
-        passes_a_step: forward passes of a step of parallel decoding.
     """
     slow = seconds["autoregressive"]
     result: dict[str, Any] = {}
     for name, values in seconds.items():
         ratios = [theirs / ours for ours, theirs in zip(values, slow, strict=True)]
-        passes = length if name == "autoregressive" else passes_a_step * int(name)
         result[name] = {
             "seconds": round(statistics.median(values), 3),
             "ratio": round(statistics.median(ratios), 2),
             "lowest_ratio": round(min(ratios), 2),
             "highest_ratio": round(max(ratios), 2),
-            "forward_passes": passes,
-            "share_of_passes": round(passes / length, 4),
+            "forward_passes": passes[name],
+            "share_of_passes": round(passes[name] / length, 4),
         }
     return result
 
@@ -187,7 +196,9 @@ def parse(arguments: Sequence[str] | None = None) -> argparse.Namespace:
     add("--order", default=None, help="whole, parts or frames; none: the default of poet generate")
     add("--schedule", default=None, help="none: the default of poet generate")
     add("--choice-temperature", type=float, default=None, help="none: the default of poet generate")
-    add("--guidance-scale", type=float, default=2.0, help="of parallel decoding; 1 is off")
+    add("--guidance-scale", type=float, default=None, help="of parallel decoding; 1 is off; none: the bundle's own")
+    add("--guidance-start", type=float, default=None, help="none: the bundle's own")
+    add("--guidance-stop", type=float, default=None, help="none: the bundle's own")
     add("--count", type=int, default=200, help="clips a split whose accuracy is measured; 0 measures latency alone")
     add("--rounds", type=int, default=7, help="rounds of latency")
     add("--output", type=Path, default=ROOT / "runs" / "benchmarks" / f"{Path(__file__).stem}.json", help="JSON report")
@@ -218,18 +229,21 @@ def main() -> None:
         bundle.check_parallel()
     except ConfigError as error:
         sys.exit(str(error))
-    chosen = {name: getattr(options, name) for name in ("order", "schedule", "choice_temperature")}
-    chosen = {name: value for name, value in chosen.items() if value is not None}
-    decodings = [ParallelDecoding(num_steps=steps, **chosen) for steps in options.steps]
+    usual_scale = bundle.generation_config.parallel.guidance_scale
+    scale = usual_scale if options.guidance_scale is None else options.guidance_scale
+    names = ("order", "schedule", "choice_temperature", "guidance_start", "guidance_stop")
+    chosen = {name: value for name in names if (value := getattr(options, name)) is not None}
+    chosen = bundle.generation_config.steps() | chosen
+    decodings = [ParallelDecoding(**{**chosen, "num_steps": steps}) for steps in options.steps]
     engine = load_engine("vllm", bundle.path, decodings=["autoregressive", "parallel"])
     try:
-        latency = measure_latency(engine, bundle, decodings, options.guidance_scale, options.rounds)
+        latency = measure_latency(engine, bundle, decodings, scale, options.rounds)
     finally:
         engine.close()
     accuracy = {}
     folder = options.output.parent / options.output.stem
     for decoding in [None, *decodings] if options.count else []:
-        accuracy[name_of(decoding)] = measure_accuracy(bundle, decoding, options.guidance_scale, options.count, folder)
+        accuracy[name_of(decoding)] = measure_accuracy(bundle, decoding, scale, options.count, folder)
         say(f"{name_of(decoding)}: {accuracy[name_of(decoding)]}")
     usual = decodings[0]
     report = {
@@ -245,7 +259,9 @@ def main() -> None:
             "order": usual.order,
             "schedule": usual.schedule,
             "choice_temperature": usual.choice_temperature,
-            "guidance_scale": options.guidance_scale,
+            "guidance_scale": scale,
+            "guidance_start": usual.guidance_start,
+            "guidance_stop": usual.guidance_stop,
             "temperature": bundle.generation_config.temperature,
         },
         "latency": latency,

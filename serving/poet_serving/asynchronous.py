@@ -148,7 +148,7 @@ class AsyncEngine(StreamingEngine):
             while not canvas.done:
                 async with _together() as group:
                     tasks = []
-                    for suffix, prefix, half in halves_of(request):
+                    for suffix, prefix, half in halves_of(request, guided=canvas.takes_guidance):
                         arguments = canvas_arguments(len(prefix), canvas) | half
                         ids = [*prefix, *canvas.shown()]
                         asking = _pool(self._canvases, f"{name}.{canvas.step}{suffix}", ids, arguments)

@@ -14,7 +14,7 @@ from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, ValidationEr
 
 from poet.generation.canvas import Order
 from poet.generation.maskgit import Schedule
-from poet_serving.schema import MAX_PROMPT, Amount, Fraction01, Loc, RequestError, first_error
+from poet_serving.schema import MAX_PROMPT, Amount, Fraction01, Loc, RequestError, Share, first_error
 
 __all__ = [
     "AssistantMessage",
@@ -230,6 +230,8 @@ class ChatBody(BaseModel):
     schedule: Schedule | None = None
     order: Order | None = None
     choice_temperature: Amount | None = None
+    guidance_start: Share | None = None
+    guidance_stop: Share | None = None
     upsample_steps: Annotated[int, Field(ge=1, le=4096)] | None = None
     upsample_temperature: Amount | None = None
 

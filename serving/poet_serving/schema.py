@@ -39,6 +39,7 @@ _SECONDS_SLACK = 0.5  # a clip of 2.125 seconds answers to "2"
 
 Fraction01 = Annotated[float, Field(gt=0, le=1, allow_inf_nan=False)]
 Loc = tuple[int | str, ...]
+Share = Annotated[float, Field(ge=0, le=1, allow_inf_nan=False)]
 Amount = Annotated[float, Field(ge=0, allow_inf_nan=False)]
 
 
@@ -117,7 +118,7 @@ class VideoBody(BaseModel):
         negative_prompt: what guidance moves away from.
         repetition_penalty, repetition_window: on ids that were written lately.
         decoding: autoregressive, or parallel.
-        steps, schedule, order, choice_temperature: of parallel decoding.
+        steps, schedule, order, choice_temperature, guidance_start, guidance_stop: of parallel decoding.
         upsample_steps, upsample_temperature: of upsampling.
     """
 
@@ -142,6 +143,8 @@ class VideoBody(BaseModel):
     schedule: Schedule | None = None
     order: Order | None = None
     choice_temperature: Amount | None = None
+    guidance_start: Share | None = None
+    guidance_stop: Share | None = None
     upsample_steps: Annotated[int, Field(ge=1, le=4096)] | None = None
     upsample_temperature: Amount | None = None
 
@@ -215,11 +218,10 @@ def build_request(body: VideoBody, bundle: Bundle, task: str, clip: Clip | None)
     Raises:
         RequestError: the task, size or length is another than the bundle has, or options do not go together.
     """
-    defaults = bundle.generation_config
     _check_seconds(body, bundle)
     upsampling = _upsampling(body, bundle)
+    usual: dict[str, Any] = bundle.generation_config.sampling(parallel=body.decoding == "parallel")
     sampling = {key: value for key in _SAMPLING if (value := getattr(body, key)) is not None}
-    usual = {key: getattr(defaults, key) for key in ("temperature", "top_k", "top_p", "guidance_scale")}
     try:
         bundle.check_trained(task)
         if body.decoding == "parallel":
@@ -230,7 +232,7 @@ def build_request(body: VideoBody, bundle: Bundle, task: str, clip: Clip | None)
             clip=clip,
             negative_text=body.negative_prompt,
             sampling=SamplingConfig(**usual | sampling, seed=body.seed),
-            decoding=_parallel(body),
+            decoding=_parallel(body, bundle),
             upsampling=upsampling,
         )
     except ConfigError as error:
@@ -238,13 +240,18 @@ def build_request(body: VideoBody, bundle: Bundle, task: str, clip: Clip | None)
 
 
 _SAMPLING = ("temperature", "top_k", "top_p", "guidance_scale", "repetition_penalty", "repetition_window")
-_PARALLEL = {"steps": "num_steps", "schedule": "schedule", "order": "order", "choice_temperature": "choice_temperature"}
+_PARALLEL = {
+    "steps": "num_steps",
+    **{name: name for name in ("schedule", "order", "choice_temperature", "guidance_start", "guidance_stop")},
+}
 
 
-def _parallel(body: VideoBody) -> ParallelDecoding | None:
-    said = {theirs: value for ours, theirs in _PARALLEL.items() if (value := getattr(body, ours)) is not None}
+def _parallel(body: VideoBody, bundle: Bundle) -> ParallelDecoding | None:
+    said: dict[str, Any] = {
+        theirs: value for ours, theirs in _PARALLEL.items() if (value := getattr(body, ours)) is not None
+    }
     if body.decoding == "parallel":
-        return ParallelDecoding(**said)
+        return ParallelDecoding(**bundle.generation_config.steps() | said)
     for ours in _PARALLEL:
         if getattr(body, ours) is not None:
             raise RequestError(f"{ours} is for decoding 'parallel'.", code="invalid_value", param=ours)

@@ -114,12 +114,18 @@ class OutputWriter:
         return output
 
 
-def halves_of(request: GenerationRequest) -> Iterator[tuple[str, Sequence[int], dict[str, Any]]]:
+def halves_of(
+    request: GenerationRequest, *, guided: bool = True
+) -> Iterator[tuple[str, Sequence[int], dict[str, Any]]]:
     """What vLLM is asked for a request: the end of its name, its prefix, and what marks it as one half of a pair.
 
     A request without guidance is asked for once, without any mark.
+
+    Args:
+        request: a checked one.
+        guided: False asks for it without the guidance that it has: for a step that takes none.
     """
-    if not request.guided or request.guide_ids is None:
+    if not guided or not request.guided or request.guide_ids is None:
         yield "", request.prefix_ids, {}
         return
     pair = uuid.uuid4().hex

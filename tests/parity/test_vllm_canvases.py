@@ -60,6 +60,8 @@ def request(number: int, sampling: SamplingConfig = GREEDY, *, pinned: bool = Fa
         num_steps=9 + 2 * (number % 4),
         order=ORDERS[number % 3],  # type: ignore[arg-type]
         schedule=SCHEDULES[number // 3 % 3],  # type: ignore[arg-type]
+        guidance_start=(0.0, 0.5, 0.0)[number % 3],
+        guidance_stop=(0.375, 1.0, 1.0)[number % 3],
     )
     pins: list[tuple[int, int]] = []
     if pinned:

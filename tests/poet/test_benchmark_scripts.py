@@ -205,7 +205,7 @@ def parallel() -> ModuleType:
 
 def test_parallel_decoding_is_compared_round_by_round(parallel: ModuleType, tmp_path: Path) -> None:
     seconds = {"autoregressive": [6.0, 7.0, 8.0], "4": [1.0, 2.0, 4.0], "24": [3.0, 3.5, 16.0]}
-    latency = parallel.compare(seconds, 480)
+    latency = parallel.compare(seconds, {"autoregressive": 480, "4": 6, "24": 24}, 480)
     assert latency["autoregressive"] == {
         "seconds": 7.0, "ratio": 1.0, "lowest_ratio": 1.0, "highest_ratio": 1.0,
         "forward_passes": 480, "share_of_passes": 1.0,
@@ -214,7 +214,7 @@ def test_parallel_decoding_is_compared_round_by_round(parallel: ModuleType, tmp_
     assert (latency["24"]["forward_passes"], latency["24"]["share_of_passes"]) == (24, 0.05)
     accuracy = {name: {"seen": 0.93, "unseen": 0.9} for name in seconds}
     rows = parallel.table({"latency": latency, "accuracy": accuracy}).splitlines()
-    assert rows[3] == "| parallel, 4 steps | 4 | 2.00 | 3.50 (2.00 to 6.00) | 93.0 % | 90.0 % |"
+    assert rows[3] == "| parallel, 4 steps | 6 | 2.00 | 3.50 (2.00 to 6.00) | 93.0 % | 90.0 % |"
     alone = parallel.table({"latency": latency, "accuracy": {}}).splitlines()
     assert alone[2] == "| autoregressive | 480 | 7.00 | 1.00 (1.00 to 1.00) |  |  |"
     for number, found in enumerate((accuracy, {})):
@@ -234,5 +234,7 @@ def test_the_parallel_benchmark_asks_as_the_pipeline_does_and_refuses_impossible
     plain, canvas = (parallel.request_of(bundle, 3, one) for one in (None, ParallelDecoding(num_steps=6)))
     assert plain.canvas is None
     assert canvas.canvas.num_steps == 6
+    some = ParallelDecoding(num_steps=8, guidance_stop=0.375)
+    assert [parallel.passes_of(some, scale) for scale in (1.0, 2.0)] == [8, 11]
     assert canvas.grammar == plain.grammar
     assert set(canvas.prefix_ids) - set(plain.prefix_ids) == {bundle.vocabulary.special("<parallel>")}

@@ -240,15 +240,23 @@ def test_a_broken_file_is_named(copy):
         ({"top_k": -1}, "top_k must be an integer of at least 0, got -1"),
         ({"num_frames": 5.0}, "num_frames must be an integer"),
         ({"guidance_scale": float("inf")}, "guidance_scale must be a finite number"),
+        ({"parallel": {"num_steps": 0}}, "num_steps must be an integer of at least 1"),
+        ({"parallel": {"guidance_scale": -1}}, "guidance_scale must not be negative"),
+        ({"parallel": {"guidance_start": 0.5, "guidance_stop": 0.4}}, "0 <= guidance_start <= guidance_stop"),
+        ({"parallel": {"guidance_stop": "1"}}, "guidance_stop must be a finite number"),
+        ({"parallel": {"steps": 4}}, r"unknown keys \['parallel.steps'\]"),
+        ({"parallel": 4}, "parallel must be an object"),
     ],
 )
 def test_defaults_out_of_range_are_refused(changes, message):
     with pytest.raises(ConfigError, match=message):
-        tiny_defaults(**changes)
+        GenerationDefaults.from_dict(dataclasses.asdict(tiny_defaults()) | changes)
 
 
 def test_defaults_come_back_from_a_dictionary_and_keys_are_checked():
     values = dataclasses.asdict(tiny_defaults(top_k=17))
+    assert GenerationDefaults.from_dict(values) == tiny_defaults(top_k=17)
+    del values["parallel"]  # a bundle of before there was any
     assert GenerationDefaults.from_dict(values) == tiny_defaults(top_k=17)
     del values["fps"]
     with pytest.raises(ConfigError, match=r"lack the keys \['fps'\]"):

@@ -113,7 +113,7 @@ def test_parallel_decoding_is_asked_for_recorded_and_done_again(
         return generate(capsys, tmp_path / "tiny", *options, "-o", tmp_path / name)
 
     said = ("--decoding", "parallel", "--steps", 9, "--schedule", "linear", "--order", "frames",
-            "--choice-temperature", 0.5)  # fmt: skip
+            "--choice-temperature", 0.5, "--guidance-scale", 2, "--guidance-stop", 0.5)  # fmt: skip
     first = made("first.mp4", "a star", "--seed", 5, *said)
     assert (first["decoding"], first["steps"], first["schedule"], first["order"]) == (
         "parallel",
@@ -128,7 +128,16 @@ def test_parallel_decoding_is_asked_for_recorded_and_done_again(
     assert other["steps"] == "9"
     plain = made("plain.mp4", "--like", tmp_path / "first.mp4", "--decoding", "autoregressive")
     assert "steps" not in plain
-    assert plain["ids_sha256"] == made("other-plain.mp4", "a star", "--seed", 5)["ids_sha256"]
+    assert plain["ids_sha256"] == made("other-plain.mp4", "a star", "--seed", 5, "--guidance-scale", 2)["ids_sha256"]
+    usual = made("usual.mp4", "a star", "--decoding", "parallel")
+    assert (usual["steps"], usual["guidance_scale"], usual["guidance_stop"]) == ("16", "1.0", "1.0")
+    file = tmp_path / "tiny" / "generation_config.json"
+    parallel = {"num_steps": 9, "guidance_scale": 2.0, "guidance_stop": 0.5}
+    file.write_text(json.dumps(json.loads(file.read_text()) | {"parallel": parallel}))
+    own = made("own.mp4", "a star", "--decoding", "parallel", "--seed", 5)
+    assert (own["steps"], own["guidance_scale"], own["guidance_stop"]) == ("9", "2.0", "0.5")
+    assert made("alone.mp4", "a star")["guidance_scale"] == "1.0"
+    assert made("again.mp4", "--like", tmp_path / "usual.mp4")["same_ids"] is True
     for options, words in (
         (("--steps", 5), "--steps is an option of parallel decoding"),
         (("--decoding", "all"), "autoregressive, parallel"),
@@ -136,6 +145,7 @@ def test_parallel_decoding_is_asked_for_recorded_and_done_again(
         (("--decoding", "parallel", "--order", "rows"), "whole, parts, frames"),
         (("--decoding", "parallel", "--schedule", "sine"), "cosine, linear, square"),
         (("--decoding", "parallel", "--steps", 2, "--order", "frames"), "got 2 steps"),
+        (("--decoding", "parallel", "--guidance-start", 0.5, "--guidance-stop", 0.4), "shares of the steps"),
     ):
         code, _, err = run(capsys, "generate", "a star", "--model", tmp_path / "tiny", "--engine", "torch",
                            "-o", tmp_path / "no.mp4", *options)  # fmt: skip

@@ -12,6 +12,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from poet.errors import CheckpointError, ConfigError, VocabularyError
+from poet.generation import maskgit
 from poet.generation.canvas import ORDERS, ParallelDecoding, plan_canvas
 from poet.generation.maskgit import (
     SCHEDULES,
@@ -237,6 +238,38 @@ def test_guidance_at_one_is_none_and_at_two_another_output(model: PoetTransforme
     canvases = [Canvas(GRAMMAR, plan(), SamplingConfig(seed=4, guidance_scale=scale)) for scale in (3.0, 1.0)]
     both = fill_canvases(model, [given_ids, given_ids], canvases, [guide_ids, None])
     assert both == [written(3.0, guided=True), plain]
+
+
+def test_guidance_in_some_steps_asks_for_the_guide_in_these_alone(
+    model: PoetTransformer, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    rows: list[int] = []
+    hidden = maskgit._hidden
+    monkeypatch.setattr(maskgit, "_hidden", lambda model, asked: rows.append(len(asked)) or hidden(model, asked))
+
+    def written(**shares: float) -> list[int]:
+        canvas = Canvas(GRAMMAR, plan(8, **shares), SamplingConfig(seed=4, guidance_scale=3.0))
+        rows.clear()
+        [ids] = fill_canvases(model, [prefix(3)], [canvas], [prefix(3, drop_text=True)])
+        return ids
+
+    whole = written()
+    assert rows == [2] * 8
+    first = written(guidance_stop=0.375)
+    assert rows == [2] * 3 + [1] * 5
+    last = written(guidance_start=0.75)
+    assert rows == [1] * 6 + [2] * 2
+    none = written(guidance_stop=0)
+    assert rows == [1] * 8
+    assert len({tuple(ids) for ids in (whole, first, last, none)}) == 4
+    [plain] = fill_canvases(model, [prefix(3)], [Canvas(GRAMMAR, plan(8), SamplingConfig(seed=4))])
+    assert none == plain
+
+
+@pytest.mark.parametrize("shares", [(-0.1, 1), (0.6, 0.5), (0, 1.1), (float("nan"), 1)])
+def test_guidance_wants_shares_of_the_steps(shares: tuple[float, float]) -> None:
+    with pytest.raises(ConfigError, match="shares of the steps"):
+        ParallelDecoding(guidance_start=shares[0], guidance_stop=shares[1])
 
 
 def test_progress_counts_known_ids_up_to_all(model: PoetTransformer) -> None:
