@@ -35,6 +35,7 @@ __all__ = [
     "in_processes",
     "random_parts",
     "random_scene",
+    "save_adapter",
     "save_model",
     "save_tiny_tokenizers",
     "sharp_model",
@@ -244,6 +245,57 @@ def save_model(model: PoetTransformer, directory: Path, **content: Any) -> Path:
     directory.mkdir(exist_ok=True)
     save_weights(model, directory / "model.safetensors")
     (directory / "config.json").write_text(json.dumps(model.config.to_huggingface_dict() | content))
+    return directory
+
+
+def save_adapter(
+    config: PoetConfig,
+    directory: Path,
+    *,
+    seed: int = 0,
+    rank: int = 4,
+    strength: float = 1.0,
+    fingerprint: str | None = None,
+    **content: Any,
+) -> Path:
+    """Write a random LoRA adapter of a model in PEFT's files, and return the directory.
+
+    Args:
+        config: the model's.
+        directory: made if missing.
+        seed: of both matrices of each pair.
+        rank: of every pair.
+        strength: of the change, beside a matrix of `sharp_model`.
+        fingerprint: written into the weights' file, if any.
+        **content: keys of adapter_config.json that differ.
+    """
+    import torch
+    from safetensors.torch import save_file
+
+    from poet.model.lora import FINGERPRINT_KEY
+    from poet.model.transformer import PoetTransformer
+
+    with torch.device("meta"):
+        shapes = {name: weight.shape for name, weight in PoetTransformer(config).named_parameters()}
+    rng, tensors = torch.Generator().manual_seed(seed), {}
+    for name, shape in shapes.items():
+        if name.endswith("_proj.weight"):
+            stem = f"base_model.model.{name.removesuffix('.weight')}"
+            first = torch.randn(rank, shape[1], generator=rng) * shape[1] ** -0.5
+            tensors[f"{stem}.lora_A.weight"] = first
+            tensors[f"{stem}.lora_B.weight"] = torch.randn(shape[0], rank, generator=rng) * strength * rank**-0.5
+    directory.mkdir(parents=True, exist_ok=True)
+    metadata = {"format": "pt"} | ({} if fingerprint is None else {FINGERPRINT_KEY: fingerprint})
+    save_file(tensors, directory / "adapter_model.safetensors", metadata=metadata)
+    about = {
+        "peft_type": "LORA",
+        "task_type": "CAUSAL_LM",
+        "r": rank,
+        "lora_alpha": rank,
+        "target_modules": sorted({name.split(".")[-2] for name in shapes if name.endswith("_proj.weight")}),
+        "bias": "none",
+    }
+    (directory / "adapter_config.json").write_text(json.dumps(about | content))
     return directory
 
 

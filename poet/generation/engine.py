@@ -5,6 +5,7 @@ An engine knows ids and grammars, and hands codes to the upsampler. It does not 
 """
 
 import abc
+import copy
 import functools
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
@@ -27,7 +28,9 @@ from poet.generation.upsample import UpsamplingRequest, check_upsampling, upsamp
 from poet.grammar import Grammar, max_output_length
 from poet.model.config import PoetConfig
 from poet.model.device import parse_device
+from poet.model.lora import Adapter, merge_adapter
 from poet.model.superresolution import Upsampler
+from poet.model.transformer import PoetTransformer
 from poet.model.weights import load_transformer
 
 __all__ = [
@@ -56,6 +59,7 @@ class GenerationRequest:
         guide_ids: the prefix that guidance moves the output away from: the same without its text, or with the text of
             what is not wanted. None: there is nothing to move away from, and no guidance.
         canvas: how to write many ids at once; None writes one after another. The prefix must be marked accordingly.
+        adapter: name of one of the LoRA adapters that the engine was started with; None: the bundle's own weights.
     """
 
     prefix_ids: tuple[int, ...]
@@ -63,6 +67,7 @@ class GenerationRequest:
     sampling: SamplingConfig
     guide_ids: tuple[int, ...] | None = None
     canvas: CanvasPlan | None = None
+    adapter: str | None = None
 
     @property
     def guided(self) -> bool:
@@ -170,17 +175,27 @@ class StreamingEngine(abc.ABC):
         return [written[index] for index in range(len(requests))]
 
 
-def check_request(request: GenerationRequest, config: PoetConfig, *, index: int = 0) -> None:
+def check_request(
+    request: GenerationRequest, config: PoetConfig, *, adapters: Sequence[Adapter] = (), index: int = 0
+) -> None:
     """Raise unless the model can take the request.
 
     Args:
         request: to be checked.
         config: the model's.
+        adapters: that the engine was started with.
         index: of the request among those of one call, for the message.
 
     Raises:
-        ConfigError: an id outside the vocabulary, more ids than a scene holds, or a canvas that does not fit.
+        ConfigError: an id outside the vocabulary, more ids than a scene holds, a canvas that does not fit, or an
+            adapter that there is not.
     """
+    names = [adapter.name for adapter in adapters]
+    if request.adapter is not None and request.adapter not in names:
+        raise ConfigError(
+            f"request {index}: adapter must be one of those that the engine was started with, "
+            f"{', '.join(names) or 'which are none'}; got {request.adapter!r}."
+        )
     if request.canvas is not None:
         if request.sampling.repetition_penalty != 1:
             raise ConfigError(
@@ -229,6 +244,7 @@ class TorchEngine(StreamingEngine):
         dtype: "float32" or "bfloat16".
         max_batch_size: requests that are written at once, guided ones counted once; those of like length go together.
         decodings: taken for the sake of other engines; this one writes in every way that there is.
+        adapters: of the bundle's model; each that is used becomes a copy of the weights with the adapter merged.
 
     Raises:
         CheckpointError: the directory holds no sound model.
@@ -245,6 +261,7 @@ class TorchEngine(StreamingEngine):
         dtype: str = "float32",
         max_batch_size: int = 16,
         decodings: Sequence[str] = ("autoregressive", "parallel", "upsampling"),
+        adapters: Sequence[Adapter] = (),
     ) -> None:
         if dtype not in DTYPES:
             raise ConfigError(f"dtype must be one of {', '.join(DTYPES)}, got {dtype!r}.")
@@ -252,6 +269,7 @@ class TorchEngine(StreamingEngine):
             raise ConfigError(f"max_batch_size must be at least 1, got {max_batch_size}.")
         self._model = load_transformer(bundle_dir, device=parse_device(device), dtype=DTYPES[dtype])
         self._bundle_dir, self._device, self._dtype = Path(bundle_dir), device, dtype
+        self._adapters, self._adapted = tuple(adapters), dict[str, PoetTransformer]()
         self._upsampler: Upsampler | None = None
         self._max_batch_size = max_batch_size
         self._closed = False
@@ -259,7 +277,7 @@ class TorchEngine(StreamingEngine):
     def check(self, request: GenerationRequest, *, index: int = 0) -> None:
         """Raise unless the model can take a request; see `Engine.check`."""
         self._check_open()
-        check_request(request, self._model.config, index=index)
+        check_request(request, self._model.config, adapters=self._adapters, index=index)
 
     def stream(
         self, requests: Iterable[GenerationRequest], progress: Callable[[int], None] | None = None
@@ -285,22 +303,33 @@ class TorchEngine(StreamingEngine):
                 yield from zip((index for index, _ in batch), written, strict=True)
 
     def _batches(self, window: list[tuple[int, GenerationRequest]]) -> Iterator[list[tuple[int, GenerationRequest]]]:
-        """Requests of one way to write and of like length together."""
+        """Requests of one way to write, of one adapter and of like length together."""
         window.sort(key=lambda one: (max_output_length(one[1].grammar), len(one[1].prefix_ids)))
-        for at_once in (False, True):
-            group = [one for one in window if (one[1].canvas is not None) == at_once]
+        kinds = dict.fromkeys((one.canvas is not None, one.adapter) for _, one in window)
+        for kind in sorted(kinds, key=lambda kind: (kind[0], kind[1] or "")):
+            group = [one for one in window if (one[1].canvas is not None, one[1].adapter) == kind]
             for start in range(0, len(group), self._max_batch_size):
                 yield group[start : start + self._max_batch_size]
 
     def _write(self, requests: Sequence[GenerationRequest], progress: Callable[[int], None] | None) -> list[list[int]]:
         """The outputs of one batch, all of them written in the same way."""
+        model = self._model_with(requests[0].adapter)
         prefixes = [request.prefix_ids for request in requests]
         guides = [request.guide_ids if request.guided else None for request in requests]
         if requests[0].canvas is not None:
             canvases = [Canvas(one.grammar, one.canvas, one.sampling) for one in requests if one.canvas is not None]
-            return fill_canvases(self._model, prefixes, canvases, guides, progress)
+            return fill_canvases(model, prefixes, canvases, guides, progress)
         grammars, configs = [one.grammar for one in requests], [one.sampling for one in requests]
-        return write_outputs(self._model, prefixes, grammars, configs, guides, progress)
+        return write_outputs(model, prefixes, grammars, configs, guides, progress)
+
+    def _model_with(self, name: str | None) -> PoetTransformer:
+        if name is None:
+            return self._model
+        if name not in self._adapted:
+            model = copy.deepcopy(self._model)
+            merge_adapter(model, next(adapter for adapter in self._adapters if adapter.name == name))
+            self._adapted[name] = model
+        return self._adapted[name]
 
     def upsample(
         self, requests: Sequence[UpsamplingRequest], progress: Callable[[int, int], None] | None = None
@@ -322,6 +351,7 @@ class TorchEngine(StreamingEngine):
         if not self._closed:
             self._closed = True
             self._upsampler = None
+            self._adapted.clear()
             del self._model
 
     def __enter__(self) -> Self:

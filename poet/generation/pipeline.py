@@ -62,6 +62,7 @@ class ClipRequest:
     sampling: SamplingConfig = dataclasses.field(default_factory=SamplingConfig)
     decoding: ParallelDecoding | None = None
     upsampling: Upsampling | None = None
+    adapter: str | None = None
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -267,6 +268,7 @@ class Pipeline:
             sampling=request.sampling,
             guide_ids=guide,
             canvas=canvas,
+            adapter=request.adapter,
         )
         self.engine.check(generation, index=index)
         return PreparedClip(request=request, task=task, parts=parts, num_given=num_given, generation=generation)

@@ -25,6 +25,7 @@ from poet.generation.engine import GenerationRequest, StreamingEngine
 from poet.generation.maskgit import Canvas
 from poet.generation.upsample import UpsamplingCanvas, UpsamplingRequest, check_upsampling
 from poet.model.superresolution import UpsamplerConfig
+from poet_serving.adapters import adapter_requests
 from poet_serving.engine import check_servable
 from poet_serving.settings import EngineSettings
 from poet_serving.writing import halves_of, sampling_parameters
@@ -77,6 +78,7 @@ class AsyncEngine(StreamingEngine):
     ) -> None:
         self._settings = settings
         self._causal, self._canvases, self._upsampler = causal, canvases, upsampler
+        self._adapters = adapter_requests(settings.adapters)
         self._loop = asyncio.get_running_loop()
         self._numbers = itertools.count()
         # As many canvases as fit a step, each to its end, so that the first are done early; a guided one counts twice.
@@ -117,7 +119,8 @@ class AsyncEngine(StreamingEngine):
             for place, (suffix, prefix, half) in enumerate(halves):
                 own = copy.copy(parameters)
                 own.extra_args = parameters.extra_args | half
-                writing = self._write_half(name + suffix, prefix, own, tell if place == 0 else None)
+                adapter = self._adapters[request.adapter]
+                writing = self._write_half(name + suffix, prefix, own, tell if place == 0 else None, adapter)
                 tasks.append(group.create_task(writing))
         outputs = [task.result() for task in tasks]
         if any(output != outputs[0] for output in outputs):
@@ -125,11 +128,12 @@ class AsyncEngine(StreamingEngine):
         return outputs[0]
 
     async def _write_half(
-        self, name: str, prefix: Sequence[int], parameters: Any, tell: Callable[[int], None] | None
+        self, name: str, prefix: Sequence[int], parameters: Any, tell: Callable[[int], None] | None, adapter: Any
     ) -> list[int]:
         ids: list[int] = []
+        prompt = {"prompt_token_ids": list(prefix)}
         with _gone():
-            async for change in self._causal.generate({"prompt_token_ids": list(prefix)}, parameters, name):
+            async for change in self._causal.generate(prompt, parameters, name, lora_request=adapter):
                 if change.outputs[0].finish_reason == "abort":  # not by us: we would not be waiting
                     raise EngineGoneError("vLLM gave the request up.")
                 ids += change.outputs[0].token_ids
@@ -151,7 +155,8 @@ class AsyncEngine(StreamingEngine):
                     for suffix, prefix, half in halves_of(request, guided=canvas.takes_guidance):
                         arguments = canvas_arguments(len(prefix), canvas) | half
                         ids = [*prefix, *canvas.shown()]
-                        asking = _pool(self._canvases, f"{name}.{canvas.step}{suffix}", ids, arguments)
+                        adapter, step = self._adapters[request.adapter], f"{name}.{canvas.step}{suffix}"
+                        asking = _pool(self._canvases, step, ids, arguments, adapter)
                         tasks.append(group.create_task(asking))
                 drawn, sure = tasks[0].result().T
                 canvas.settle(drawn.astype(np.int64), sure)
@@ -244,14 +249,16 @@ class AsyncEngine(StreamingEngine):
         """Nothing to release: whoever started vLLM's engines ends them."""
 
 
-async def _pool(client: Any, name: str, ids: Sequence[int], arguments: Mapping[str, Any]) -> NDArray[Any]:
+async def _pool(
+    client: Any, name: str, ids: Sequence[int], arguments: Mapping[str, Any], adapter: Any = None
+) -> NDArray[Any]:
     """Ask a pooling model for a step; returns (N, 2) ids and log-probabilities."""
     from vllm import PoolingParams
 
     params = PoolingParams(task=_POOLING_TASK, extra_kwargs=dict(arguments), skip_reading_prefix_cache=True)
     answer = None
     with _gone():
-        async for output in client.encode({"prompt_token_ids": list(ids)}, params, name):
+        async for output in client.encode({"prompt_token_ids": list(ids)}, params, name, lora_request=adapter):
             answer = output
     if answer is None or not answer.finished:
         raise EngineGoneError("vLLM gave a step of a canvas up.")

@@ -31,6 +31,7 @@ from poet.bundle import Bundle
 from poet.errors import CheckpointError, ConfigError, PoetError
 from poet.generation.engine import GenerationRequest, StreamingEngine, check_request
 from poet.generation.upsample import UpsamplingRequest, check_upsampling
+from poet.model.lora import Adapter
 from poet_serving.settings import EngineSettings, set_environment
 
 if TYPE_CHECKING:
@@ -59,6 +60,7 @@ class VLLMEngine(StreamingEngine):
         decodings: one or more of "autoregressive" (one id after another), "parallel" (many ids at once,
             `poet_serving.maskgit`), each of which holds the weights once, and "upsampling" (pictures in a larger size,
             `poet_serving.superresolution`), which needs a whole bundle.
+        adapters: LoRA adapters of the bundle's model, any mix of which, and none, may be in one batch.
 
     Raises:
         CheckpointError: The directory holds no model.
@@ -77,6 +79,7 @@ class VLLMEngine(StreamingEngine):
         num_cache_blocks: int | None = None,
         num_threads: int | None = None,
         decodings: Sequence[str] = ("autoregressive",),
+        adapters: Sequence[Adapter] = (),
     ) -> None:
         self._vllm: Any = None
         self._canvases: Any = None
@@ -90,6 +93,7 @@ class VLLMEngine(StreamingEngine):
             max_num_seqs=max_num_seqs,
             num_cache_blocks=num_cache_blocks,
             num_threads=num_threads,
+            adapters=tuple(adapters),
         )
         if VLLMEngine._running:
             raise ConfigError("a process must run one vLLM engine at a time. Close the other one first.")
@@ -162,9 +166,9 @@ class VLLMEngine(StreamingEngine):
 
         writers: dict[str, Writer] = {}
         if self._vllm is not None:
-            writers["autoregressive"] = OutputWriter(self._vllm)
+            writers["autoregressive"] = OutputWriter(self._vllm, self._settings.adapters)
         if self._canvases is not None:
-            writers["parallel"] = CanvasFiller(self._canvases, self._settings.max_num_seqs)
+            writers["parallel"] = CanvasFiller(self._canvases, self._settings.max_num_seqs, self._settings.adapters)
         return writers
 
     def upsample(
@@ -244,7 +248,7 @@ def check_servable(request: GenerationRequest, settings: EngineSettings, *, star
     Raises:
         ConfigError: it cannot.
     """
-    check_request(request, settings.config, index=index)
+    check_request(request, settings.config, adapters=settings.adapters, index=index)
     if not started:
         kind = "autoregressive" if request.canvas is None else "parallel"
         raise ConfigError(

@@ -14,7 +14,7 @@ Legend: T ids of a step over all requests, C hidden size, N places that a reques
 from __future__ import annotations
 
 from collections import deque
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any, Final
 
 import numpy as np
@@ -32,6 +32,8 @@ from poet.errors import PoetError
 from poet.generation.engine import GenerationRequest
 from poet.generation.maskgit import Canvas, Logits, draw_places, guided_logits
 from poet.generation.sampling import SamplingConfig
+from poet.model.lora import Adapter
+from poet_serving.adapters import adapter_requests
 from poet_serving.guidance import Half, half_of_arguments
 from poet_serving.vllm_model import BidirectionalDecoderLayer, PoetForCausalLM
 from poet_serving.writing import halves_of
@@ -159,10 +161,11 @@ class CanvasFiller:
     Args:
         vllm: an `LLMEngine` that runs `PoetForCanvas`.
         max_num_seqs: requests of a step; a guided output counts twice.
+        adapters: that it was started with.
     """
 
-    def __init__(self, vllm: Any, max_num_seqs: int) -> None:
-        self._vllm = vllm
+    def __init__(self, vllm: Any, max_num_seqs: int, adapters: Sequence[Adapter] = ()) -> None:
+        self._vllm, self._adapters = vllm, adapter_requests(adapters)
         self._slots = max_num_seqs
         self.num_open = self.num_known = 0
         self._waiting: deque[tuple[int, GenerationRequest, Canvas]] = deque()
@@ -223,7 +226,8 @@ class CanvasFiller:
             arguments = canvas_arguments(len(prefix), canvas) | half
             params = PoolingParams(task=_TASK, extra_kwargs=arguments, skip_reading_prefix_cache=True)
             prompt = {"prompt_token_ids": [*prefix, *canvas.shown()]}
-            self._started[index].append(self._vllm.add_request(f"{index}.{canvas.step}{suffix}", prompt, params))
+            name, adapter = f"{index}.{canvas.step}{suffix}", self._adapters[request.adapter]
+            self._started[index].append(self._vllm.add_request(name, prompt, params, lora_request=adapter))
 
     def _close(self, index: int, canvas: Canvas) -> tuple[int, list[int]]:
         self.num_open -= 1

@@ -18,6 +18,8 @@ import torch
 from poet.bundle import Bundle
 from poet.errors import CheckpointError, ConfigError
 from poet.model.config import PoetConfig
+from poet.model.lora import Adapter
+from poet_serving.adapters import adapter_arguments
 
 __all__ = ["BLOCK_SIZE", "PROMPT_LENGTHS_KEY", "EngineSettings", "set_environment"]
 
@@ -65,6 +67,7 @@ class EngineSettings:
             length fit and none is ever preempted.
         num_threads: threads of a step; None: one where a model of less than `SMALL_MODEL` parameters writes one id
             after another, else as many as PyTorch has.
+        adapters: LoRA adapters that requests may name.
     """
 
     bundle_dir: Path
@@ -73,6 +76,7 @@ class EngineSettings:
     max_num_seqs: int
     num_cache_blocks: int | None = None
     num_threads: int | None = None
+    adapters: tuple[Adapter, ...] = ()
 
     def __post_init__(self) -> None:
         for option, value in (("max_num_seqs", self.max_num_seqs), ("num_threads", self.num_threads)):
@@ -126,12 +130,16 @@ class EngineSettings:
     def causal(self) -> dict[str, Any]:
         """Engine arguments of the model that writes one id after another."""
         longest = self.config.scene_length
-        return self._common() | {
-            "max_num_batched_tokens": max(2 * longest, 2048),  # a guided request is read together with its guide
-            "block_size": BLOCK_SIZE,
-            "num_gpu_blocks_override": self.blocks,
-            "kv_cache_memory_bytes": self.blocks * self._block_bytes,
-        }
+        return (
+            self._common()
+            | adapter_arguments(self.adapters)
+            | {
+                "max_num_batched_tokens": max(2 * longest, 2048),  # a guided request is read together with its guide
+                "block_size": BLOCK_SIZE,
+                "num_gpu_blocks_override": self.blocks,
+                "kv_cache_memory_bytes": self.blocks * self._block_bytes,
+            }
+        )
 
     def canvases(self) -> dict[str, Any]:
         """Engine arguments of the model that fills canvases."""
@@ -140,6 +148,7 @@ class EngineSettings:
         return (
             self._common()
             | NO_CACHE
+            | adapter_arguments(self.adapters)
             | {
                 "max_num_batched_tokens": max(2, self.max_num_seqs) * self.config.scene_length,
                 "hf_overrides": {PROMPT_LENGTHS_KEY: 1, "architectures": [CANVAS_ARCHITECTURE]},

@@ -26,6 +26,7 @@ from vllm.model_executor.models.qwen3 import Qwen3Attention, Qwen3DecoderLayer, 
 from vllm.model_executor.models.utils import PPMissingLayer, maybe_prefix
 
 from poet.errors import ConfigError
+from poet_serving.adapters import AdapterRows, adapted_product
 from poet_serving.attention import PrefixAttention, is_compiled
 from poet_serving.settings import PROMPT_LENGTHS_KEY
 
@@ -142,6 +143,7 @@ class DirectLayer:
 
     Args:
         layer: with its weights loaded and its cache allocated.
+        adapters: which ids of a step are whose adapter's.
     """
 
     __slots__ = (
@@ -161,18 +163,18 @@ class DirectLayer:
         "sizes",
     )
 
-    def __init__(self, layer: PoetDecoderLayer) -> None:
+    def __init__(self, layer: PoetDecoderLayer, adapters: AdapterRows) -> None:
         attention, mlp = layer.self_attn, layer.mlp
         self.attention = attention.attn
         self.name = attention.attn.layer_name
         self.heads = attention.num_heads, attention.num_kv_heads, attention.head_dim
         self.sizes = attention.q_size, attention.kv_size, attention.kv_size
         self.rotary = attention.rotary_emb.cos_sin_cache, attention.rotary_emb.is_neox_style
-        self.queries_keys_values = _linear(attention.qkv_proj)
-        self.output = _linear(attention.o_proj)
-        self.gate_up = _linear(mlp.gate_up_proj)
-        self.down = _linear(mlp.down_proj)
-        self.ffn_size = mlp.down_proj.input_size
+        self.queries_keys_values = _linear(attention.qkv_proj, adapters)
+        self.output = _linear(attention.o_proj, adapters)
+        self.gate_up = _linear(mlp.gate_up_proj, adapters)
+        self.down = _linear(mlp.down_proj, adapters)
+        self.ffn_size = getattr(mlp.down_proj, "base_layer", mlp.down_proj).input_size
         self.input_norm = _weight_and_epsilon(layer.input_layernorm)
         self.output_norm = _weight_and_epsilon(layer.post_attention_layernorm)
         self.query_norm = _weight_and_epsilon(attention.q_norm)
@@ -215,9 +217,11 @@ class DirectLayer:
         return self.down(functional.silu(gate).mul_(up))
 
 
-def _linear(projection: Any) -> Callable[[Tensor], Tensor]:
-    """The product with a projection's weight, by the kernel that vLLM has packed it for."""
-    return functools.partial(projection.cpu_linear, weight=projection.weight, bias=None)
+def _linear(projection: Any, adapters: AdapterRows) -> Callable[[Tensor], Tensor]:
+    """The product with a projection's weight, by the kernel that vLLM has packed it for, and with its adapters'."""
+    base = getattr(projection, "base_layer", projection)
+    product = functools.partial(base.cpu_linear, weight=base.weight, bias=None)
+    return product if base is projection else adapted_product(product, projection, adapters)
 
 
 def _weight_and_epsilon(norm: RMSNorm) -> tuple[Tensor, float]:
@@ -231,9 +235,9 @@ def _normed(x: Tensor, weight_and_epsilon: tuple[Tensor, float]) -> Tensor:
 
 
 def _takes_direct_layers(config: VllmConfig) -> bool:
-    """Whether nothing stands between the kernels: no compiler, adapters, quantisation or other ranks."""
+    """Whether nothing stands between the kernels: no compiler, quantisation or other ranks."""
     alone = get_tensor_model_parallel_world_size() == 1 and get_pp_group().world_size == 1
-    return alone and not is_compiled() and config.lora_config is None and config.quant_config is None
+    return alone and not is_compiled() and config.quant_config is None
 
 
 @support_torch_compile(
@@ -248,6 +252,7 @@ class PoetModel(Qwen2Model):  # type: ignore[misc]
         super().__init__(vllm_config=vllm_config, prefix=prefix, decoder_layer_type=layer_type)
         self.takes_direct_layers = _takes_direct_layers(vllm_config)
         self.direct_layers: list[DirectLayer] = []
+        self.adapter_rows = AdapterRows()
 
     def forward(
         self,
@@ -271,7 +276,11 @@ class PoetModel(Qwen2Model):  # type: ignore[misc]
         if not self.takes_direct_layers or context.attn_metadata is None or input_ids is None:
             return super().forward(input_ids, positions, intermediate_tensors, inputs_embeds)
         if not self.direct_layers:  # now, when weights are packed and caches allocated
-            self.direct_layers = [DirectLayer(layer) for layer in self.layers]
+            self.direct_layers = [DirectLayer(layer, self.adapter_rows) for layer in self.layers]
+        # vLLM keeps in every adapted layer the one table of which id is whose.
+        table = getattr(self.layers[0].self_attn.qkv_proj, "punica_wrapper", None)
+        if table is not None:
+            self.adapter_rows.update(table.token_lora_indices)
         change_TC = self.embed_tokens(input_ids)
         stream_TC = torch.zeros_like(change_TC)
         for layer in self.direct_layers:
@@ -289,6 +298,7 @@ class PoetForCausalLM(Qwen3ForCausalLM):  # type: ignore[misc]
     """
 
     layer_type: type[PoetDecoderLayer] = PoetDecoderLayer
+    embedding_modules: dict[str, str] = {}  # adapters change the layers' matrices alone  # noqa: RUF012
 
     def __init__(self, *, vllm_config: VllmConfig, prefix: str = "") -> None:
         nn.Module.__init__(self)

@@ -18,6 +18,8 @@ from poet.errors import PoetError
 from poet.generation.engine import GenerationRequest
 from poet.generation.sampling import fold_seed
 from poet.grammar import max_output_length
+from poet.model.lora import Adapter
+from poet_serving.adapters import adapter_requests
 from poet_serving.grammar import grammar_arguments
 from poet_serving.guidance import Half, guidance_arguments
 from poet_serving.repetition import repetition_arguments
@@ -48,10 +50,11 @@ class OutputWriter:
 
     Args:
         vllm: an `LLMEngine` with Poet's causal model.
+        adapters: that it was started with.
     """
 
-    def __init__(self, vllm: Any) -> None:
-        self._vllm = vllm
+    def __init__(self, vllm: Any, adapters: Sequence[Adapter] = ()) -> None:
+        self._vllm, self._adapters = vllm, adapter_requests(adapters)
         self.num_open = self.num_known = 0
         self._indices: dict[str, int] = {}
         self._outputs: dict[str, list[int]] = {}
@@ -71,7 +74,10 @@ class OutputWriter:
             self._outputs[name + suffix] = []
             self._unfinished[name].add(name + suffix)
             self._started[name + suffix] = self._vllm.add_request(
-                name + suffix, {"prompt_token_ids": list(prefix)}, own
+                name + suffix,
+                {"prompt_token_ids": list(prefix)},
+                own,
+                lora_request=self._adapters[request.adapter],
             )
 
     def step(self) -> list[tuple[int, list[int]]]:
