@@ -7,6 +7,7 @@ from typing import Annotated
 
 import typer
 
+from poet.cli.adapters import read_named
 from poet.cli.generate import parallel_decoding, upsampling
 from poet.cli.output import progress, show_lines, show_result
 from poet.errors import ConfigError
@@ -47,6 +48,7 @@ def evaluate(
     upsample: Annotated[bool, typer.Option(help="Judge pictures of twice the size.")] = False,
     upsample_steps: Annotated[int | None, typer.Option(help="Of upsampling: forward passes.")] = None,
     upsample_temperature: Annotated[float | None, typer.Option(help="Of upsampling: 0 takes the likeliest.")] = None,
+    lora: Annotated[Path | None, typer.Option(help="Directory of a LoRA adapter of the bundle's model.")] = None,
     engine: Annotated[str, typer.Option(help="vllm, or torch (the reference).")] = "vllm",
     json: Annotated[bool, typer.Option("--json", help="Print the result as one JSON object.")] = False,
 ) -> None:
@@ -85,6 +87,7 @@ def evaluate(
             guidance_stop=guidance_stop,
         )
         larger = upsampling(upsample, steps=upsample_steps, temperature=upsample_temperature)
+        adapters = read_named([] if lora is None else [str(lora)], bundle)
         with progress("evaluating") as advance:
             measured = measure.generation(
                 bundle,
@@ -98,6 +101,7 @@ def evaluate(
                 sampling=sampling,
                 decoding=parallel,
                 upsampling=larger,
+                adapter=adapters[0] if adapters else None,
                 progress=advance,
             )
     if json:

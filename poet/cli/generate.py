@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
+from poet.cli.adapters import read_named
 from poet.cli.output import keep_what_is_read, note, progress, show_result
 from poet.errors import ConfigError, MediaError
 
@@ -75,6 +76,7 @@ def generate(
     upsample: Annotated[bool | None, typer.Option(help="Write the picture in twice the size.")] = None,
     upsample_steps: Annotated[int | None, typer.Option(help="Of upsampling: forward passes.")] = None,
     upsample_temperature: Annotated[float | None, typer.Option(help="Of upsampling: 0 takes the likeliest.")] = None,
+    lora: Annotated[Path | None, typer.Option(help="Directory of a LoRA adapter of the bundle's model.")] = None,
     engine: Annotated[str | None, typer.Option(help="vllm (the default), or torch (the reference).")] = None,
     num_samples: Annotated[int, typer.Option(min=1, help="Clips to write, with seeds counted up.")] = 1,
     like: Annotated[
@@ -116,12 +118,14 @@ def generate(
         upsample=upsample,
         upsample_steps=upsample_steps,
         upsample_temperature=upsample_temperature,
+        lora=lora,
         engine=engine,
     )
     expected_ids = None
     if like is not None:
         settings, expected_ids = _settings_like(like, settings, bundle)
     defaults = bundle.generation_config
+    adapters = read_named([] if settings.lora is None else [str(settings.lora)], bundle)
     files = GivenFiles(image=settings.image, video=settings.video, audio=settings.audio)
     has_text = settings.prompt is not None
     chosen = settings.task or files.guess_task(has_text=has_text, default=defaults.task)
@@ -151,6 +155,7 @@ def generate(
             sampling=SamplingConfig(**sampling, seed=first_seed + number),
             decoding=parallel,
             upsampling=larger,
+            adapter=adapters[0].name if adapters else None,
         )
         for number in range(num_samples)
     ]
@@ -158,10 +163,13 @@ def generate(
     _ = bundle.weights_sha256  # of the files that the engine is about to read
     note(f"starting {name} on {bundle.path}")
     writer = load_engine(
-        name, bundle.path, decodings=decodings_for(parallel=parallel is not None, upsampling=larger is not None)
+        name,
+        bundle.path,
+        decodings=decodings_for(parallel=parallel is not None, upsampling=larger is not None),
+        adapters=adapters,
     )
     try:
-        pipeline = Pipeline(bundle, writer)
+        pipeline = Pipeline(bundle, writer, adapters=adapters)
         loaded = time.monotonic()
         with progress("writing ids") as advance:
             clips = pipeline.generate(requests, lambda done, total: advance(done, total, ""))
@@ -210,6 +218,7 @@ class _Settings:
     upsample: bool | None
     upsample_steps: int | None
     upsample_temperature: float | None
+    lora: Path | None
     engine: str | None
 
     def sources(self) -> dict[str, str]:
@@ -263,6 +272,7 @@ def _settings_like(path: Path, asked: _Settings, bundle: Bundle) -> tuple[_Setti
             upsample=True if "upsample_steps" in facts else None,
             upsample_steps=None if "upsample_steps" not in facts else int(facts["upsample_steps"]),
             upsample_temperature=None if "upsample_steps" not in facts else float(facts["upsample_temperature"]),
+            lora=_adapter_of(path, facts, asked.lora, bundle),
             engine=facts["engine"],
         )
         given = {
@@ -310,6 +320,20 @@ def _find_given(clip: Path, kind: str, name: str, expected: str, named: Path | N
         f"{clip} was made from the {kind} {name!r} with the sha256 {expected[:12]!r}, which is neither beside it nor "
         f"in the working directory{''.join(f'; {other}' for other in others)}. Give it with --{kind}."
     )
+
+
+def _adapter_of(path: Path, facts: Mapping[str, str], named: Path | None, bundle: Bundle) -> Path | None:
+    """The adapter that a clip was made with, which must be named: a clip does not say where it lies."""
+    wanted = facts.get("adapter_sha256")
+    if wanted is None:
+        return None
+    found = "none" if named is None else read_named([str(named)], bundle)[0].sha256
+    if found != wanted:
+        raise ConfigError(
+            f"{path} was made with the adapter {facts.get('adapter')!r}, {wanted[:12]} (sha256), got {found[:12]}. "
+            "Name it with --lora."
+        )
+    return named
 
 
 def _check_bundle(path: Path, facts: Mapping[str, str], bundle: Bundle) -> None:

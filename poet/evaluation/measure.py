@@ -27,9 +27,11 @@ from poet.evaluation.superresolution import Frames, UpsamplingExample, evaluate_
 from poet.generation.canvas import ParallelDecoding
 from poet.generation.engine import decodings_for, load_engine
 from poet.generation.pipeline import ClipRequest, Pipeline
+from poet.generation.provenance import describe_adapter
 from poet.generation.sampling import SamplingConfig
 from poet.generation.upsample import Upsampling
 from poet.media import Clip
+from poet.model.lora import Adapter
 from poet.tasks import Task, get_task
 
 __all__ = ["Measured", "commit_of", "generation", "reconstruction", "upsampling"]
@@ -69,6 +71,7 @@ def generation(
     sampling: Mapping[str, float | int | None],
     decoding: ParallelDecoding | None = None,
     upsampling: Upsampling | None = None,
+    adapter: Adapter | None = None,
     progress: Advance,
 ) -> Measured:
     """Generate a clip for the caption of each drawn clip and judge whether it is what the caption says.
@@ -85,6 +88,7 @@ def generation(
         sampling: temperature, top_k, top_p and guidance_scale; None takes the bundle's own.
         decoding: how to write many ids at once; None writes one after another.
         upsampling: how to make the pictures larger; None leaves them as they are.
+        adapter: LoRA adapter that changes the weights.
         progress: called with (done, in all, what is done).
 
     Returns:
@@ -110,11 +114,15 @@ def generation(
     scores: dict[str, list[dict[str, bool]]] = {}
     ids, seconds = 0, 0.0
     weights = bundle.weights_sha256  # of the files that the engine is about to read
+    adapters = () if adapter is None else (adapter,)
     writer = load_engine(
-        engine, bundle.path, decodings=decodings_for(parallel=decoding is not None, upsampling=upsampling is not None)
+        engine,
+        bundle.path,
+        decodings=decodings_for(parallel=decoding is not None, upsampling=upsampling is not None),
+        adapters=adapters,
     )
     try:
-        pipeline = Pipeline(bundle, writer)
+        pipeline = Pipeline(bundle, writer, adapters=adapters)
         for split in splits:
             drawn = [draw(split, start + number) for number in range(count)]
             requests = [
@@ -125,6 +133,7 @@ def generation(
                     sampling=SamplingConfig(**settings, seed=seed + number),
                     decoding=decoding,
                     upsampling=upsampling,
+                    adapter=None if adapter is None else adapter.name,
                 )
                 for number, clip in enumerate(drawn)
             ]
@@ -142,6 +151,7 @@ def generation(
     about |= {"weights": weights[:12], "task": task, "engine": engine, **settings, "first seed": seed}
     if decoding is not None:
         about |= {"decoding": "parallel", **dataclasses.asdict(decoding)}
+    about |= describe_adapter(adapter)
     if upsampling is not None:
         about |= {
             f"upsampling {name}": value for name, value in dataclasses.asdict(upsampling).items() if name != "seed"

@@ -27,6 +27,7 @@ import numpy as np
 import torch
 from numpy.typing import NDArray
 from torch import Tensor
+from torch.nn import functional
 
 from poet.errors import CheckpointError, ConfigError
 from poet.generation.sampling import SamplingConfig, fold_seed, guide, keep_likeliest
@@ -319,12 +320,30 @@ def draw_places(
 
 
 def _draw(scores: Tensor, generator: torch.Generator) -> Tensor:
-    """(N, W) logits to (N,) places of them, each drawn with one random number: where it falls among the shares."""
-    shares = (scores - scores.amax(-1, keepdim=True)).exp_().cumsum(-1, dtype=torch.float64)
-    total = shares[:, -1:].contiguous()
-    level = torch.rand(len(scores), 1, dtype=torch.float64, generator=generator).to(shares.device) * total
-    # Rounding must not lead behind the last id that has a share, which is the first to reach the total.
-    return torch.searchsorted(shares, level, right=True).minimum(torch.searchsorted(shares, total))[:, 0]
+    """(N, W) logits to (N,) places of them, each drawn with one random number: where it falls among the shares.
+
+    Runs of ids are summed first, and the number then looked for in one of them: a sum over all of W that goes on in
+    double precision takes longer than all the rest.
+    """
+    shares = (scores - scores.amax(-1, keepdim=True)).exp_()
+    runs = functional.pad(shares, (0, -shares.shape[-1] % _RUN)).unflatten(-1, (-1, _RUN))
+    sums = runs.sum(-1).double().cumsum(-1)
+    level = torch.rand(len(scores), 1, dtype=torch.float64, generator=generator).to(scores.device) * sums[:, -1:]
+    run = _behind(sums, level)
+    before = torch.where(run > 0, sums.gather(1, (run - 1).clamp_min(0)), 0.0)
+    within = runs[torch.arange(len(scores), device=scores.device), run[:, 0]].double().cumsum(-1)
+    return (run * _RUN + _behind(within, (level - before).clamp_min(0)))[:, 0]
+
+
+_RUN = 64
+
+
+def _behind(sums: Tensor, level: Tensor) -> Tensor:
+    """(N, M) running sums and (N, 1) levels to the (N, 1) first places whose sum is above the level.
+
+    Rounding must not lead behind the last place with a share of its own, which is the first to reach the whole sum.
+    """
+    return torch.searchsorted(sums, level, right=True).minimum(torch.searchsorted(sums, sums[:, -1:].contiguous()))
 
 
 def _runs(low: NDArray[np.int64], high: NDArray[np.int64]) -> Iterator[tuple[int, int]]:

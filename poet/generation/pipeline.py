@@ -24,10 +24,17 @@ from poet.bundle import Bundle
 from poet.errors import ConfigError
 from poet.generation.canvas import ParallelDecoding, plan_canvas
 from poet.generation.engine import Engine, GenerationRequest
-from poet.generation.provenance import describe_decoding, describe_repetition, describe_upsampling, hash_ids
+from poet.generation.provenance import (
+    describe_adapter,
+    describe_decoding,
+    describe_repetition,
+    describe_upsampling,
+    hash_ids,
+)
 from poet.generation.sampling import SamplingConfig
 from poet.generation.upsample import Upsampling, UpsamplingRequest
 from poet.media import Clip
+from poet.model.lora import Adapter
 from poet.sequence import Scene, output_grammar, pack_prefix, unpack
 from poet.tasks import ClipParts, Task, get_task
 
@@ -110,10 +117,17 @@ class Pipeline:
         bundle: vocabulary, tokenizers and defaults.
         engine: writes the ids; it must have been started on the same bundle.
         device: of the tokenizers.
+        adapters: LoRA adapters that the engine was started with.
+
+    Attributes:
+        adapters: by name.
     """
 
-    def __init__(self, bundle: Bundle, engine: Engine, *, device: str = "cpu") -> None:
+    def __init__(
+        self, bundle: Bundle, engine: Engine, *, device: str = "cpu", adapters: Sequence[Adapter] = ()
+    ) -> None:
         self.bundle, self.engine, self.device = bundle, engine, device
+        self.adapters = {adapter.name: adapter for adapter in adapters}
         self.weights_sha256 = bundle.weights_sha256  # at once: a later training may replace the file
         self.geometry = bundle.geometry()
         self.text_tokenizer = bundle.text_tokenizer
@@ -457,6 +471,7 @@ class Pipeline:
             **describe_repetition(sampling),
             **describe_decoding(request.decoding),
             **describe_upsampling(request.upsampling, self.bundle),
+            **describe_adapter(None if request.adapter is None else self.adapters[request.adapter]),
             "ids_sha256": hash_ids(ids),
         }
 

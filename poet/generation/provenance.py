@@ -11,8 +11,9 @@ from poet.bundle import Bundle
 from poet.generation.canvas import ParallelDecoding
 from poet.generation.sampling import SamplingConfig
 from poet.generation.upsample import Upsampling
+from poet.model.lora import Adapter
 
-__all__ = ["describe_decoding", "describe_repetition", "describe_upsampling", "hash_ids"]
+__all__ = ["describe_adapter", "describe_decoding", "describe_repetition", "describe_upsampling", "hash_ids"]
 
 
 def describe_repetition(sampling: SamplingConfig) -> dict[str, str]:
@@ -53,6 +54,11 @@ def describe_upsampling(upsampling: Upsampling | None, bundle: Bundle) -> dict[s
         "upsample_temperature": repr(float(upsampling.temperature)),
         **{f"upsample_{name}": str(getattr(upsampling, name)) for name in unusual},
     }
+
+
+def describe_adapter(adapter: Adapter | None) -> dict[str, str]:
+    """What says which LoRA adapter changed the weights; nothing where none did."""
+    return {} if adapter is None else {"adapter": adapter.name, "adapter_sha256": adapter.sha256}
 
 
 def hash_ids(ids: Sequence[int]) -> str:

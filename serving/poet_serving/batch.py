@@ -24,6 +24,7 @@ from poet.bundle import Bundle
 from poet.errors import ConfigError, MediaError, PoetError
 from poet.generation.pipeline import GeneratedClip, Pipeline, PreparedClip
 from poet.media import write_clip
+from poet.model.lora import Adapter
 from poet.tasks import get_task
 from poet_serving.references import reference_files
 from poet_serving.schema import RequestError, VideoBody, to_clip_request
@@ -124,6 +125,7 @@ def run_batch(
     output: Path,
     start: Callable[[Sequence[str]], contextlib.AbstractContextManager[Pipeline]],
     progress: Callable[[int, int, int], None] | None = None,
+    adapters: Sequence[Adapter] = (),
 ) -> BatchSummary:
     """Carry out what has not been answered yet.
 
@@ -133,6 +135,7 @@ def run_batch(
         output: directory of the results; made if missing.
         start: starts an engine for some decodings; called if there is anything to do, and closed at the end.
         progress: called with the lines answered, in all, of how many, and in this run.
+        adapters: LoRA adapters that lines may name as their model.
 
     Returns:
         What was done.
@@ -142,7 +145,7 @@ def run_batch(
         MediaError: the file cannot be read or the directory not be written.
     """
     begun = time.monotonic()
-    book = Book(output, bundle)
+    book = Book(output, bundle, adapters)
     decodings, count, known = look_through(jobs, bundle, book)
     before = len(book.answered)
 
@@ -256,7 +259,7 @@ def prepare(line: BatchLine, pipeline: Pipeline, base: Path) -> PreparedClip:
         raise line.error
     body = VideoBody.parse(line.body)
     with reference_files(body, base) as files:
-        return pipeline.prepare(to_clip_request(body, pipeline.bundle, files), line.number)
+        return pipeline.prepare(to_clip_request(body, pipeline.bundle, files, pipeline.adapters), line.number)
 
 
 def request_error(error: PoetError) -> RequestError:
@@ -270,7 +273,7 @@ def result_body(digest: str, made: GeneratedClip, model: str) -> dict[str, Any]:
     Args:
         digest: of the line.
         made: what it became.
-        model: the bundle's name.
+        model: name of the bundle or adapter.
 
     Returns:
         "file" names the media file, from the directory of the results; it is missing where a text was written.
@@ -303,14 +306,16 @@ class Book:
     Args:
         directory: made if missing.
         bundle: whose results they are.
+        adapters: likewise.
 
     Raises:
         ConfigError: a line of it is no result.
         MediaError: it cannot be read or written.
     """
 
-    def __init__(self, directory: Path, bundle: Bundle) -> None:
+    def __init__(self, directory: Path, bundle: Bundle, adapters: Sequence[Adapter] = ()) -> None:
         self.directory, self.model, self.weights = directory, bundle.path.name, bundle.weights_sha256
+        self._adapters = {adapter.name: adapter.sha256 for adapter in adapters}
         self.answered: dict[str, str] = {}
         self.seen: set[str] = set()
         self.completed = self.failed = 0
@@ -350,7 +355,7 @@ class Book:
 
     def complete(self, line: BatchLine, made: GeneratedClip) -> None:
         """Keep a clip: the media file first, then the line that names it."""
-        body = result_body(line.digest, made, self.model)
+        body = result_body(line.digest, made, made.request.adapter or self.model)
         if made.clip is not None:
             write_clip(made.clip, self.directory / body["file"], metadata=made.metadata)
         self._append(line, line.custom_id, 200, body)
@@ -425,6 +430,13 @@ class Book:
             raise ConfigError(
                 f"{self.directory} holds clips of other weights, {told['weights_sha256'][:12]} (sha256), than those of "
                 f"{self.model}, {self.weights[:12]}. Name another directory with -o."
+            )
+        about = result["response"]["body"].get("metadata", {})
+        name, sha256 = about.get("adapter"), about.get("adapter_sha256")
+        if name in self._adapters and sha256 != self._adapters[name]:
+            raise ConfigError(
+                f"{self.directory} holds clips of another adapter {name!r}, {sha256[:12]} (sha256), than the one that "
+                f"is given, {self._adapters[name][:12]}. Name another directory with -o."
             )
         self.answered[told["key"]] = told["request_sha256"]
         done = result["response"]["status_code"] == 200

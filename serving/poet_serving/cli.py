@@ -23,6 +23,9 @@ def batch(
     jobs: Annotated[Path, typer.Argument(help="Requests, a line each, in the form of OpenAI's batches.")],
     output: Annotated[Path, typer.Option("-o", "--output", help="Directory of the results.")] = Path("batch"),
     model: Annotated[Path | None, typer.Option(help="A bundle; the shipped one when left out.")] = None,
+    lora: Annotated[
+        list[str] | None, typer.Option(metavar="NAME=DIR", help="An adapter that lines may name as their model.")
+    ] = None,
     engine: Annotated[str, typer.Option(help="vllm, or torch (the reference).")] = "vllm",
     batch_size: Annotated[int, typer.Option(min=1, help="Clips that are written at once, by each engine.")] = 16,
     ray: Annotated[
@@ -35,6 +38,7 @@ def batch(
 ) -> None:
     """Write a clip for every line of a file; what is answered already is not done again."""
     from poet.bundle import Bundle, default_bundle
+    from poet.cli.adapters import read_named
     from poet.generation.engine import load_engine
     from poet.generation.pipeline import Pipeline
     from poet.training.processes import alone_in
@@ -47,14 +51,15 @@ def batch(
     if ray_cpus is not None and ray is None:
         raise ConfigError("--ray-cpus is for --ray. Leave it out, or name a cluster.")
     bundle = Bundle.open(default_bundle() if model is None else model)
+    adapters = read_named(lora or (), bundle)
     sizes = {"max_num_seqs": batch_size} if engine == "vllm" else {"max_batch_size": batch_size}
 
     @contextlib.contextmanager
     def start(decodings: Sequence[str]) -> Iterator[Pipeline]:
         note(f"starting {engine} on {bundle.path}")
-        writer = load_engine(engine, bundle.path, decodings=decodings, **sizes)
+        writer = load_engine(engine, bundle.path, decodings=decodings, adapters=adapters, **sizes)
         try:
-            yield Pipeline(bundle, writer)
+            yield Pipeline(bundle, writer, adapters=adapters)
         finally:
             writer.close()
 
@@ -69,7 +74,7 @@ def batch(
             advance(done, count, f"{now / max(1e-9, time.monotonic() - begun):.2f} a second")
 
         if ray is None:
-            summary = run_batch(jobs, bundle, output, start, tell)
+            summary = run_batch(jobs, bundle, output, start, tell, adapters)
         else:
             note(f"connecting to Ray ({ray})")
             summary = run_ray_batch(
@@ -80,6 +85,7 @@ def batch(
                 engine=engine,
                 batch_size=batch_size,
                 num_cpus=ray_cpus,
+                adapters=adapters,
                 progress=tell,
             )
     answered = summary.completed + summary.failed - summary.before

@@ -168,7 +168,7 @@ def chat_answer(
     back, either of them tells `understand` which clip it was.
 
     Args:
-        model: name of the bundle that answered.
+        model: name of the bundle or adapter that answered.
         answers: at least one.
         prompt_tokens: ids that the model was given.
         created: Unix seconds; None is now.

@@ -26,6 +26,7 @@ from poet.errors import CheckpointError, ConfigError, MediaError, PoetError
 from poet.generation.engine import load_engine
 from poet.generation.pipeline import GeneratedClip, Pipeline, PreparedClip
 from poet.media import probe, write_clip
+from poet.model.lora import Adapter, read_adapter
 from poet_serving.batch import (
     MAX_LINE,
     BatchLine,
@@ -67,6 +68,7 @@ class EngineStart:
         upsampler_sha256: likewise.
         decodings: that the engine is started with.
         batch_size: clips that an engine writes at once.
+        adapters: LoRA adapters, which every machine must have at the same paths.
     """
 
     engine: str
@@ -75,6 +77,7 @@ class EngineStart:
     upsampler_sha256: str
     decodings: tuple[str, ...]
     batch_size: int
+    adapters: tuple[Adapter, ...] = ()
 
     def start(self) -> Pipeline:
         """Open the bundle of this machine and start the engine on it.
@@ -97,9 +100,20 @@ class EngineStart:
                 f"has {here}. Copy the bundle to every machine, or install the same Poet there."
             )
         size_option = "max_num_seqs" if self.engine == "vllm" else "max_batch_size"
-        return Pipeline(
-            bundle, load_engine(self.engine, path, decodings=self.decodings, **{size_option: self.batch_size})
-        )
+        options = {size_option: self.batch_size, "adapters": self._adapters_here(bundle)}
+        engine = load_engine(self.engine, path, decodings=self.decodings, **options)
+        return Pipeline(bundle, engine, adapters=self.adapters)
+
+    def _adapters_here(self, bundle: Bundle) -> tuple[Adapter, ...]:
+        """Those of this machine, once they are found to be the batch's."""
+        for adapter in self.adapters:
+            here = read_adapter(adapter.path, bundle.model_config, bundle.fingerprint, name=adapter.name)
+            if here != adapter:
+                raise CheckpointError(
+                    f"the adapter {adapter.path} must be the batch's, {adapter.sha256[:12]} (sha256), it is "
+                    f"{here.sha256[:12]}. Copy it to every machine."
+                )
+        return self.adapters
 
 
 class BlockWriter:
@@ -163,7 +177,8 @@ class BlockWriter:
         yield from refused
 
     def _answer(self, order: _Order, made: GeneratedClip) -> Any:
-        body, media = result_body(order.digest, made, self._pipeline.bundle.path.name), None
+        name = made.request.adapter or self._pipeline.bundle.path.name
+        body, media = result_body(order.digest, made, name), None
         if made.clip is not None:
             with tempfile.TemporaryDirectory(prefix="poet-") as directory:
                 file = Path(directory) / Path(body["file"]).name
@@ -269,6 +284,7 @@ def run_ray_batch(
     batch_size: int = 16,
     num_cpus: int | None = None,
     progress: Callable[[int, int, int], None] | None = None,
+    adapters: Sequence[Adapter] = (),
 ) -> BatchSummary:
     """Carry out what has not been answered yet, on the machines of a Ray cluster.
 
@@ -282,6 +298,7 @@ def run_ray_batch(
         batch_size: clips that an engine writes at once.
         num_cpus: cores that an engine takes; None: as many as the smallest machine has.
         progress: called with the lines answered, in all, of how many, and in this run.
+        adapters: LoRA adapters that lines may name; every machine must have them at the same paths.
 
     Returns:
         What was done.
@@ -294,7 +311,7 @@ def run_ray_batch(
     """
     ray = import_ray()
     begun = time.monotonic()
-    book = Book(output, bundle)
+    book = Book(output, bundle, adapters)
     decodings, count, known = look_through(jobs, bundle, book)
     before = len(book.answered)
 
@@ -317,6 +334,7 @@ def run_ray_batch(
                     upsampler_sha256=bundle.upsampler_sha256,
                     decodings=tuple(decodings),
                     batch_size=batch_size,
+                    adapters=tuple(dataclasses.replace(adapter, path=adapter.path.absolute()) for adapter in adapters),
                 )
                 stack.enter_context(connected(ray, address))
             reason = _carry_out(ray, window, settings, num_cpus, book, tell) or reason

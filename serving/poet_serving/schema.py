@@ -6,7 +6,7 @@ requests; it does not know HTTP, jobs, or files but those that a reference has b
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Collection, Sequence
 from typing import Annotated, Any, Literal
 
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator
@@ -108,7 +108,7 @@ class VideoBody(BaseModel):
 
     Attributes:
         prompt: what to show and let be heard.
-        model: the bundle's name; None takes the bundle.
+        model: the bundle's name, or that of one of its LoRA adapters; None takes the bundle.
         seconds: OpenAI's clip length; a bundle writes clips of one length, which this may name.
         size: "WIDTHxHEIGHT": the bundle's own, or that of its upsampler.
         input_reference: what the clip goes on from.
@@ -168,27 +168,27 @@ class VideoBody(BaseModel):
             raise first_error(error) from None
 
 
-def to_clip_request(body: VideoBody, bundle: Bundle, files: GivenFiles, names: tuple[str, ...] = ()) -> ClipRequest:
+def to_clip_request(body: VideoBody, bundle: Bundle, files: GivenFiles, adapters: Collection[str] = ()) -> ClipRequest:
     """What a body means.
 
     Args:
         body: a checked one.
         bundle: gives defaults and what it was trained on.
         files: what its input_reference became.
-        names: by which `model` may call the bundle, besides its own name.
+        adapters: names of LoRA adapters that `model` may ask for in place of the bundle.
 
     Raises:
         RequestError: the model, task, size or length is another than the bundle has, or options do not go together.
         MediaError: a file cannot be read.
     """
-    check_model(body, (bundle.path.name, *names))
+    check_model(body, (bundle.path.name, *adapters))
     has_text = body.prompt is not None
     name = body.task or files.guess_task(has_text=has_text, default=bundle.generation_config.task)
     try:
         clip = files.read(bundle, get_task(name), has_text=has_text)
     except ConfigError as error:
         raise RequestError(str(error), code="invalid_value") from error
-    return build_request(body, bundle, name, clip)
+    return build_request(body, bundle, name, clip, body.model if body.model in adapters else None)
 
 
 def check_model(body: VideoBody, known: Sequence[str]) -> None:
@@ -206,7 +206,9 @@ def check_model(body: VideoBody, known: Sequence[str]) -> None:
         )
 
 
-def build_request(body: VideoBody, bundle: Bundle, task: str, clip: Clip | None) -> ClipRequest:
+def build_request(
+    body: VideoBody, bundle: Bundle, task: str, clip: Clip | None, adapter: str | None = None
+) -> ClipRequest:
     """What a body means whose reference has been read.
 
     Args:
@@ -214,6 +216,7 @@ def build_request(body: VideoBody, bundle: Bundle, task: str, clip: Clip | None)
         bundle: gives defaults and what it was trained on.
         task: name of its task.
         clip: what its input_reference holds, at the bundle's size and rate.
+        adapter: name of the LoRA adapter that it asks for.
 
     Raises:
         RequestError: the task, size or length is another than the bundle has, or options do not go together.
@@ -234,6 +237,7 @@ def build_request(body: VideoBody, bundle: Bundle, task: str, clip: Clip | None)
             sampling=SamplingConfig(**usual | sampling, seed=body.seed),
             decoding=_parallel(body, bundle),
             upsampling=upsampling,
+            adapter=adapter,
         )
     except ConfigError as error:
         raise RequestError(str(error), code="invalid_value") from error

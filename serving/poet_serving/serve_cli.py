@@ -18,6 +18,9 @@ GIGABYTE = 2**30
 
 def serve(
     model: Annotated[Path | None, typer.Option(help="A bundle; the shipped one when left out.")] = None,
+    lora: Annotated[
+        list[str] | None, typer.Option(metavar="NAME=DIR", help="An adapter that requests may name as their model.")
+    ] = None,
     host: Annotated[
         str, typer.Option(help="Address to listen on; beyond this machine with --api-keys, or --open-to-all.")
     ] = "127.0.0.1",
@@ -42,7 +45,8 @@ def serve(
     page: Annotated[bool, typer.Option("--page/--no-page", help="The chat page at /.")] = True,
 ) -> None:
     """Serve a bundle over HTTP: OpenAI's videos API, chat, and a page to chat with."""
-    from poet.bundle import default_bundle
+    from poet.bundle import Bundle, default_bundle
+    from poet.cli.adapters import read_named
 
     try:
         from poet_serving.api.guard import Limits
@@ -50,8 +54,10 @@ def serve(
         from poet_serving.api.options import ServeOptions
     except ModuleNotFoundError as error:
         raise ConfigError(f"poet serve needs the package {error.name!r}. Install openpoet[serve].") from error
+    bundle_dir = default_bundle() if model is None else model
     options = ServeOptions(
-        bundle_dir=default_bundle() if model is None else model,
+        bundle_dir=bundle_dir,
+        adapters=read_named(lora, Bundle.open(bundle_dir)) if lora else (),
         data=data,
         database=database,
         host=host,

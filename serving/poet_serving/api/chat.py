@@ -79,7 +79,7 @@ async def complete(request: Request) -> dict[str, Any]:
         raise
     answers = [await _answer(service, owner, body, intent, job) for job in jobs]
     pieces = await asyncio.to_thread(service.pipeline.text_tokenizer.encode, intent.prompt or "")
-    return chat_answer(service.name, answers, prompt_tokens=len(pieces), metadata=body.metadata)
+    return chat_answer(body.model or service.name, answers, prompt_tokens=len(pieces), metadata=body.metadata)
 
 
 async def _wait(request: Request, service: Service, owner: str, ids: Sequence[str]) -> list[Job]:

@@ -94,7 +94,7 @@ class PoetEndpoint:
             args.poet_engine_gone = True
             os.kill(os.getpid(), signal.SIGTERM)
 
-        pipeline = await asyncio.to_thread(Pipeline, bundle, engine)
+        pipeline = await asyncio.to_thread(Pipeline, bundle, engine, adapters=options.adapters)
         store = JobStore(options.database_url, options.data / "content")
         atexit.register(store.close)
         worker = Worker(

@@ -46,7 +46,9 @@ def serve(options: ServeOptions) -> None:
     """
     ApiKeys.read(options.keys)  # what is wrong is said now, not half a minute later
     Bundle.open(options.bundle_dir)
-    settings = EngineSettings.of_bundle(options.bundle_dir, dtype=options.dtype, max_num_seqs=options.max_num_seqs)
+    settings = EngineSettings.of_bundle(
+        options.bundle_dir, dtype=options.dtype, max_num_seqs=options.max_num_seqs, adapters=options.adapters
+    )
     options.data.mkdir(parents=True, exist_ok=True)
     set_environment()
     os.environ["VLLM_PLUGINS"] = "poet,poet_api"

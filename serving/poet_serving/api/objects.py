@@ -118,13 +118,14 @@ class DeletedObject(BaseModel):
 
 
 class ModelObject(BaseModel):
-    """A bundle.
+    """A bundle, or a LoRA adapter of it.
 
     Attributes:
         id: by which a request names it.
         object: always "model".
         created: Unix seconds.
         owned_by: who keeps it.
+        parent: of an adapter, the bundle.
         tasks: what it was trained on, or null where that is not known.
         decodings: how it writes.
         sizes: of its pictures.
@@ -135,6 +136,7 @@ class ModelObject(BaseModel):
     object: Literal["model"] = "model"
     created: int
     owned_by: str = "poet"
+    parent: str | None = None
     tasks: list[str] | None = None
     decodings: list[str]
     sizes: list[str]

@@ -6,6 +6,7 @@ import dataclasses
 from pathlib import Path
 
 from poet.errors import ConfigError
+from poet.model.lora import Adapter
 from poet_serving.api.guard import Limits
 
 __all__ = ["ServeOptions"]
@@ -26,6 +27,7 @@ class ServeOptions:
         open_to_all: whether to listen beyond this machine without keys.
         origins: pages of other hosts that browsers may call it from.
         limits: of one key.
+        adapters: of the model.
         dtype: of the model.
         max_num_seqs: outputs that are written at once.
         lasts: seconds that a job's files are kept for; None: for ever.
@@ -45,6 +47,7 @@ class ServeOptions:
     open_to_all: bool = False
     origins: tuple[str, ...] = ()
     limits: Limits = dataclasses.field(default_factory=Limits)
+    adapters: tuple[Adapter, ...] = ()
     dtype: str = "auto"
     max_num_seqs: int = 16
     lasts: float | None = None

@@ -32,7 +32,8 @@ class Order:
     Attributes:
         body: of the request, with its seed.
         task: its task's name.
-        model: the bundle that it was asked of, by name.
+        model: the bundle or adapter that it was asked of, by name.
+        adapter: the LoRA adapter's name; None: the bundle's own weights.
         remixed_from: id of the video that it was made from, or None.
         extend_by: seconds to go on for behind the given clip; None: as far as the model goes at once.
     """
@@ -40,6 +41,7 @@ class Order:
     body: VideoBody
     task: str
     model: str
+    adapter: str | None = None
     remixed_from: str | None = None
     extend_by: float | None = None
 
@@ -49,6 +51,7 @@ class Order:
             "body": self.body.model_dump(mode="json", exclude_none=True, exclude={"input_reference"}),
             "task": self.task,
             "model": self.model,
+            "adapter": self.adapter,
             "remixed_from": self.remixed_from,
             "extend_by": self.extend_by,
         }
@@ -68,7 +71,7 @@ class Order:
         Raises:
             RequestError: the bundle cannot do it.
         """
-        return build_request(self.body, bundle, self.task, clip)
+        return build_request(self.body, bundle, self.task, clip, self.adapter)
 
 
 def pack_clip(clip: Clip) -> bytes:

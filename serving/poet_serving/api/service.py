@@ -81,23 +81,22 @@ class Service:
         self._size, self._seconds = f"{defaults.width}x{defaults.height}", bundle.geometry().duration
 
     def models(self) -> Sequence[ModelObject]:
-        """The bundle."""
+        """The bundle, and then its adapters."""
         defaults = self.bundle.generation_config
         sizes = [self._size]
         if self.bundle.upsampler is not None:
             scale = self.bundle.upsampler_scale
             sizes.append(f"{scale * defaults.width}x{scale * defaults.height}")
         tasks = self.bundle.trained_tasks
-        return [
-            ModelObject(
-                id=self.name,
-                created=self._started,
-                tasks=None if tasks is None else list(tasks),
-                decodings=["autoregressive", *(["parallel"] if self._writes_parallel() else [])],
-                sizes=sizes,
-                seconds=self._seconds,
-            )
-        ]
+        own = ModelObject(
+            id=self.name,
+            created=self._started,
+            tasks=None if tasks is None else list(tasks),
+            decodings=["autoregressive", *(["parallel"] if self._writes_parallel() else [])],
+            sizes=sizes,
+            seconds=self._seconds,
+        )
+        return [own, *(own.model_copy(update={"id": name, "parent": self.name}) for name in self.pipeline.adapters)]
 
     def _writes_parallel(self) -> bool:
         try:
@@ -131,7 +130,7 @@ class Service:
         Raises:
             RequestError: it cannot be carried out, or there is no room for it.
         """
-        check_model(body, (self.name,))
+        check_model(body, (self.name, *self.pipeline.adapters))
         if idempotency_key is None:  # a known key is answered also where there is no room
             await self.check_room(owner)
         if reference is None and body.input_reference is not None:
@@ -145,7 +144,14 @@ class Service:
         asked = {"body": body.model_dump(mode="json"), "remixed_from": remixed_from, "extend_by": extend_by}
         if body.seed is None:  # now: begun again after a kill, the job becomes the same clip
             body = body.model_copy(update={"seed": secrets.randbelow(2**31)})
-        order = Order(body=body, task=task, model=self.name, remixed_from=remixed_from, extend_by=extend_by)
+        order = Order(
+            body=body,
+            task=task,
+            model=body.model or self.name,
+            adapter=body.model if body.model in self.pipeline.adapters else None,
+            remixed_from=remixed_from,
+            extend_by=extend_by,
+        )
         await asyncio.to_thread(self._check, order, clip)
         files = {} if clip is None else {REFERENCE: pack_clip(clip)}
         job, is_new = await self.with_store(
@@ -259,14 +265,16 @@ class Service:
                 code="unsupported_seconds",
                 param="seconds",
             )
+        model = None
         if id is not None:
             clip = await self.finished_clip(owner, id)
+            model = Order.from_dict((await self._job(owner, id)).body).adapter  # it goes on as it began
         else:
             task = "video_continuation"
             clip = (await self.reader.read(upload or b"", task=task, has_text=prompt is not None)).clip
         has_sound = clip.samples is not None and self._is_trained("audio_video_continuation")
         task = "audio_video_continuation" if has_sound else "video_continuation"
-        body = VideoBody.parse({"prompt": prompt, "task": task})
+        body = VideoBody.parse({"prompt": prompt, "task": task, "model": model})
         return await self.submit(
             owner, body, clip=clip, idempotency_key=idempotency_key, remixed_from=id, extend_by=seconds
         )
