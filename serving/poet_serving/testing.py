@@ -7,7 +7,7 @@ import contextlib
 import dataclasses
 import socket
 import threading
-from collections.abc import AsyncIterator, Callable, Iterator
+from collections.abc import AsyncIterator, Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -20,6 +20,7 @@ from prometheus_client import CollectorRegistry
 from poet.bundle import Bundle
 from poet.generation.engine import GenerationRequest, TorchEngine
 from poet.generation.pipeline import Pipeline
+from poet.model.lora import Adapter
 from poet_serving.api.application import create_application
 from poet_serving.api.guard import ApiKeys, Limits
 from poet_serving.api.metrics import Metrics
@@ -85,6 +86,7 @@ def run_server(
     *,
     keys: dict[str, str] | None = None,
     limits: Limits | None = None,
+    adapters: Sequence[Adapter] = (),
     **application: Any,
 ) -> Iterator[RunningServer]:
     """Serve a bundle on a free port of this machine for as long as the context lasts.
@@ -94,17 +96,18 @@ def run_server(
         directory: of jobs and files; made if missing.
         keys: name to secret; None: everybody may ask.
         limits: of one key.
+        adapters: of the model.
         **application: further arguments of `create_application`.
     """
     metrics = Metrics(CollectorRegistry())
     given = limits or Limits()
     app = create_application(None, keys=ApiKeys(keys or {}), limits=given, metrics=metrics, **application)
-    engine = _OneByOne(bundle.path)
+    engine = _OneByOne(bundle.path, adapters=adapters)
     ready = threading.Event()
 
     @contextlib.asynccontextmanager
     async def lifespan(_: FastAPI) -> AsyncIterator[None]:
-        pipeline = Pipeline(bundle, engine)
+        pipeline = Pipeline(bundle, engine, adapters=adapters)
         store = JobStore(f"sqlite:///{directory / 'jobs.sqlite'}", directory / "content")
         worker = Worker(store, pipeline, engine, metrics, capacity=4)
         reader = MediaReader(bundle.path, directory / "scratch")

@@ -22,7 +22,8 @@ from poet.generation.canvas import ParallelDecoding
 from poet.generation.engine import TorchEngine
 from poet.generation.pipeline import ClipRequest, Pipeline
 from poet.generation.sampling import SamplingConfig
-from poet.testing import tiny_bundle, tiny_upsampler
+from poet.model.lora import read_adapter
+from poet.testing import save_adapter, tiny_bundle, tiny_upsampler
 from poet_serving.jobs import JobStatus, JobStore
 
 PROMPT = "a red star"
@@ -107,15 +108,27 @@ def test_a_server_writes_what_the_reference_writes_and_survives_a_kill(bundle: B
         task="text_to_video_audio", text=PROMPT, sampling=SamplingConfig(temperature=0, seed=1, guidance_scale=3.0)
     )
     parallel = dataclasses.replace(guided, decoding=ParallelDecoding(num_steps=4))
-    with TorchEngine(bundle.path) as engine:
-        made = Pipeline(bundle, engine).generate([*requests, guided, parallel])
+    adapter = read_adapter(
+        save_adapter(bundle.model_config, tmp_path / "style", fingerprint=bundle.fingerprint),
+        bundle.model_config,
+        bundle.fingerprint,
+    )
+    styled = [dataclasses.replace(one, adapter="style") for one in (requests[0], guided, parallel)]
+    with TorchEngine(bundle.path, adapters=[adapter]) as engine:
+        made = Pipeline(bundle, engine, adapters=[adapter]).generate([*requests, guided, parallel, *styled])
         wanted = [clip.metadata["ids_sha256"] for clip in made]
     data = tmp_path / "data"
-    with serving(bundle, data, "--dtype", "float32") as (process, url):
+    with serving(bundle, data, "--dtype", "float32", "--lora", f"style={adapter.path}") as (process, url):
         client = openai.OpenAI(base_url=f"{url}/v1", api_key="x", max_retries=0)
         jobs = [client.videos.create(prompt=f"{PROMPT} {number}", extra_body=greedy) for number in range(3)]
         for more in ({}, {"decoding": "parallel", "steps": 4}):
             jobs.append(client.videos.create(prompt=PROMPT, extra_body=greedy | {"guidance_scale": 3.0} | more))
+        assert [model.id for model in client.models.list()] == ["tiny", "style"]
+        for prompt, more in ((f"{PROMPT} 0", {}), (PROMPT, {"guidance_scale": 3.0})):
+            jobs.append(client.videos.create(prompt=prompt, model="style", extra_body=greedy | more))
+        more = {"guidance_scale": 3.0, "decoding": "parallel", "steps": 4}
+        jobs.append(client.videos.create(prompt=PROMPT, model="style", extra_body=greedy | more))
+        assert len(set(wanted)) == len(wanted)
         assert [ids_of(client.videos.poll(job.id)) for job in jobs] == wanted
         larger = client.videos.create(prompt=PROMPT, extra_body=greedy | {"size": "80x48"})
         assert client.videos.poll(larger.id).size == "80x48"
@@ -134,7 +147,7 @@ def test_a_server_writes_what_the_reference_writes_and_survives_a_kill(bundle: B
         videos = [client.videos.poll(id) for id in accepted]
         assert [ids_of(video) for video in videos[:3]] == wanted[:3]
         assert all(video.status == "completed" for video in videos)
-        assert len(list(client.videos.list(limit=100))) == len(accepted) + 6
+        assert len(list(client.videos.list(limit=100))) == len(accepted) + 9
         more = [client.videos.create(prompt=f"{PROMPT} {number}").id for number in range(40)]
         until(lambda: client.videos.retrieve(more[0]).status != "queued", 30)
         process.send_signal(signal.SIGTERM)

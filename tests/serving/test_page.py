@@ -47,6 +47,7 @@ SETTINGS: dict[str, Any] = {
     "decoding": "autoregressive",
     "steps": 12,
     "size": "40x24",
+    "model": "tiny",
 }
 LIMITS = Limits(body_bytes=2**20)
 

@@ -420,7 +420,8 @@ def _html(name: str, template: str, script: str, **props: Any) -> Any:
 
 def _controls(service: Service) -> list[Any]:
     """The settings, in the order of the fields of `Asked`; what the bundle cannot do is not shown."""
-    model, defaults = service.models()[0], service.bundle.generation_config
+    models, defaults = service.models(), service.bundle.generation_config
+    model, parallel = models[0], defaults.parallel
     kinds = [name for name, kind in KINDS.items() if model.tasks is None or kind.task in model.tasks]
     is_parallel, has_sizes = "parallel" in model.decodings, len(model.sizes) > 1
     with gr.Row():
@@ -438,14 +439,23 @@ def _controls(service: Service) -> list[Any]:
         )
         # A number's field would turn the empty text, a new seed each time, into 0.
         seed = gr.Textbox(label="Seed", info="The same seed gives the same clip", placeholder="a new one each time")
-    with gr.Row(visible=is_parallel or has_sizes):
+    with gr.Row(visible=is_parallel or has_sizes or len(models) > 1):
         decoding = gr.Radio(
             [("One after another", "autoregressive"), ("In parallel", "parallel")],
             value="autoregressive",
             label="Decoding",
             visible=is_parallel,
         )
-        steps = gr.Slider(1, 64, 12, step=1, label="Steps", visible=False)
+        steps = gr.Slider(1, 64, parallel.num_steps, step=1, label="Steps", visible=False)
         size = gr.Radio(model.sizes, value=model.sizes[0], label="Size", visible=has_sizes)
-    decoding.change(lambda chosen: gr.update(visible=chosen == "parallel"), decoding, steps, api_visibility="private")
-    return [kind, samples, guidance, temperature, seed, decoding, steps, size]
+        names = [one.id for one in models]
+        adapted = gr.Dropdown(names, value=names[0], label="Model", visible=len(names) > 1)
+
+    def usual(chosen: str) -> tuple[Any, Any]:
+        """Either decoding has a guidance of its own; only one has steps."""
+        in_parallel = chosen == "parallel"
+        scale = parallel.guidance_scale if in_parallel else defaults.guidance_scale
+        return gr.update(visible=in_parallel), gr.update(value=scale)
+
+    decoding.change(usual, decoding, [steps, guidance], api_visibility="private")
+    return [kind, samples, guidance, temperature, seed, decoding, steps, size, adapted]

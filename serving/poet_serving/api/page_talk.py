@@ -86,6 +86,7 @@ class Asked:
         samples: answers.
         guidance_scale, temperature, seed, decoding, size: as in a chat's body; a seed may be a text, also an empty one.
         steps: of parallel decoding; passed over by the other.
+        model: the bundle, or an adapter of it.
     """
 
     kind: str = "clip"
@@ -96,6 +97,7 @@ class Asked:
     decoding: str | None = None
     steps: int | None = None
     size: str | None = None
+    model: str | None = None
 
     def to_fields(self) -> dict[str, Any]:
         """Fields of a chat's body.
