@@ -15,7 +15,7 @@ import pytest
 from poet.bundle import Bundle
 from poet.cli.main import main
 from poet.media import probe, read_clip
-from poet.testing import tiny_bundle, tiny_upsampler
+from poet.testing import save_adapter, tiny_bundle, tiny_upsampler
 
 DATA = Path(__file__).parents[1] / "data"
 RECIPES = Path(__file__).parents[2] / "recipes"
@@ -152,6 +152,31 @@ def test_parallel_decoding_is_asked_for_recorded_and_done_again(
         assert code == 1
         assert words in err
     assert not (tmp_path / "no.mp4").exists()
+
+
+def test_an_adapter_changes_the_clip_and_is_wanted_again(
+    capsys: pytest.CaptureFixture[str], bundle: Path, tmp_path: Path
+) -> None:
+    opened = Bundle.open(bundle)
+    style = save_adapter(opened.model_config, tmp_path / "style", fingerprint=opened.fingerprint)
+    plain = generate(capsys, bundle, "a star", "--seed", 5, "-o", tmp_path / "plain.mp4")
+    made = generate(capsys, bundle, "a star", "--seed", 5, "--lora", style, "-o", tmp_path / "made.mp4")
+    assert made["ids_sha256"] != plain["ids_sha256"]
+    assert "adapter" not in plain
+    assert made["adapter"] == "style"
+    again = generate(capsys, bundle, "--like", tmp_path / "made.mp4", "--lora", style, "-o", tmp_path / "again.mp4")
+    assert again["same_ids"] is True
+    other = save_adapter(opened.model_config, tmp_path / "other", seed=1)
+    for options, words in (
+        (("--like", tmp_path / "made.mp4"), "was made with the adapter 'style'"),
+        (("--like", tmp_path / "made.mp4", "--lora", other), "Name it with --lora"),
+        (("a star", "--lora", tmp_path / "nowhere"), "adapter_config.json cannot be read"),
+    ):
+        code, _, err = run(
+            capsys, "generate", "--model", bundle, "--engine", "torch", "-o", tmp_path / "no.mp4", *options
+        )
+        assert code == 1
+        assert words in err
 
 
 def test_upsampling_is_asked_for_recorded_and_done_again(capsys: pytest.CaptureFixture[str], tmp_path: Path) -> None:

@@ -21,7 +21,8 @@ from poet.errors import ConfigError
 from poet.generation.engine import TorchEngine
 from poet.generation.pipeline import Pipeline
 from poet.media import Clip, read_clip, write_clip
-from poet.testing import tiny_bundle, tiny_upsampler
+from poet.model.lora import read_adapters
+from poet.testing import save_adapter, tiny_bundle, tiny_upsampler
 from poet_serving.batch import MAX_LINE, BatchSummary, run_batch
 
 
@@ -249,3 +250,33 @@ def test_an_engine_is_started_for_what_is_asked_for(run: Callable[..., BatchSumm
     run(job("a"), b"{")
     run(job("a"), job("b", decoding="parallel", steps=2), job("c", size="80x48", upsample_steps=1))
     assert run.started == [("autoregressive",), ("autoregressive", "parallel", "upsampling")]  # type: ignore[attr-defined]
+
+
+def test_lines_name_adapters_as_their_model(bundle: Bundle, tmp_path: Path) -> None:
+    config, folder = bundle.model_config, tmp_path / "adapters"
+    paths = {name: save_adapter(config, folder / name, seed=seed) for seed, name in enumerate(("ink", "clay"))}
+    adapters = read_adapters(paths, config, bundle.fingerprint)
+    lines = [job(str(name), seed=3, **({} if name is None else {"model": name})) for name in (None, *paths, "chalk")]
+    jobs, started = write(tmp_path, *lines), 0
+
+    @contextlib.contextmanager
+    def start(decodings: Sequence[str]) -> Any:
+        nonlocal started
+        started += 1
+        with TorchEngine(bundle.path, max_batch_size=3, decodings=decodings, adapters=adapters) as engine:
+            yield Pipeline(bundle, engine, adapters=adapters)
+
+    summary = run_batch(jobs, bundle, tmp_path / "out", start, adapters=adapters)
+    assert (summary.completed, summary.failed) == (3, 1)
+    found = by_id(tmp_path)
+    assert found["chalk"]["body"]["error"]["code"] == "model_not_found"
+    bodies = [found[str(name)]["body"] for name in (None, *paths)]
+    assert [body["model"] for body in bodies] == ["tiny", "ink", "clay"]
+    assert len({body["metadata"]["ids_sha256"] for body in bodies}) == 3
+    assert [body["metadata"].get("adapter_sha256") for body in bodies] == [None, *(one.sha256 for one in adapters)]
+    run_batch(jobs, bundle, tmp_path / "out", start, adapters=adapters)
+    assert started == 1
+    # The same name with other weights is another model.
+    save_adapter(config, folder / "ink", seed=5)
+    with pytest.raises(ConfigError, match="another adapter 'ink'"):
+        run_batch(jobs, bundle, tmp_path / "out", start, adapters=read_adapters(paths, config, bundle.fingerprint))

@@ -32,7 +32,8 @@ from poet.errors import CheckpointError, ConfigError, PoetError
 from poet.generation.engine import TorchEngine
 from poet.generation.pipeline import Pipeline
 from poet.media import Clip, read_clip, write_clip
-from poet.testing import tiny_bundle
+from poet.model.lora import read_adapter
+from poet.testing import save_adapter, tiny_bundle
 from poet_serving import ray_batch, ray_cluster
 from poet_serving.batch import BatchSummary, run_batch
 from poet_serving.ray_batch import BlockWriter, EngineStart, run_ray_batch
@@ -188,7 +189,7 @@ def test_a_machine_without_the_bundle_or_with_another_says_so(
     machines: Machines, bundle: Bundle, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
 ) -> None:
     jobs = write(tmp_path, job("a"))
-    right = {
+    right: dict[str, Any] = {
         "engine": "torch",
         "bundle_dir": str(bundle.path),
         "weights_sha256": bundle.weights_sha256,
@@ -200,6 +201,14 @@ def test_a_machine_without_the_bundle_or_with_another_says_so(
         EngineStart(**{**right, "weights_sha256": "0" * 64}).start()
     with pytest.raises(CheckpointError, match="Every machine must have the batch's bundle at the same path"):
         EngineStart(**{**right, "bundle_dir": str(tmp_path / "nowhere")}).start()
+    path = save_adapter(bundle.model_config, tmp_path / "ink")
+    adapter = read_adapter(path, bundle.model_config, bundle.fingerprint)
+    pipeline = EngineStart(**right, adapters=(adapter,)).start()
+    assert list(pipeline.adapters) == ["ink"]
+    pipeline.engine.close()
+    save_adapter(bundle.model_config, tmp_path / "ink", seed=5)
+    with pytest.raises(CheckpointError, match="Copy it to every machine"):
+        EngineStart(**right, adapters=(adapter,)).start()
     monkeypatch.setattr(ray_batch, "EngineStart", lambda **told: EngineStart(**{**told, "weights_sha256": "1"}))
     with pytest.raises(ConfigError, match=r"on the machine .*: the bundle .* must have the batch's weights"):
         run(jobs, bundle, tmp_path / "out")
