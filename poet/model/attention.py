@@ -166,6 +166,11 @@ class SceneLayout:
         parts = {name: getattr(self, name).to(device) for name in ("document", "scene", "prefix", "parallel")}
         return replace(self, **parts)
 
+    def select(self, rows: Tensor) -> "SceneLayout":
+        """Return the layout of some rows: (B,) bool, or (R,) int64."""
+        parts = {name: getattr(self, name)[rows] for name in ("document", "scene", "prefix", "parallel")}
+        return replace(self, **parts)
+
     def positions(self) -> Tensor:
         """Count the places of each document from 0: the rotary positions, which run on through a film.
 

@@ -7,6 +7,7 @@ both trainers share: everything but the model and the step.
 
 from __future__ import annotations
 
+import copy
 import dataclasses
 import functools
 import math
@@ -29,6 +30,7 @@ from poet.model.config import PoetConfig
 from poet.model.transformer import PoetTransformer
 from poet.model.weights import load_transformer
 from poet.training.ahead import DrawnAhead
+from poet.training.distillation import GuidedTeacher
 from poet.training.guard import StepGuard
 from poet.training.loop import ExponentialMovingAverage, cosine_schedule
 from poet.training.losses import backward_from_targets, modality_means, target_losses
@@ -90,6 +92,8 @@ class LanguageRecipe:
         optional_share: share of scenes in which an input that the task may do without is given.
         parallel_share: share of scenes learnt as ones that are written many ids at once, from what is not hidden.
         masks: weights of the ways to hide, kinds of `poet.data.masking.MASK_KINDS`.
+        distilled_guidance: above 1, masked scenes with a text learn what `start_from` foresees of them under guidance
+            of this scale, so that writing many ids at once needs none.
         num_steps: optimiser steps in all.
         batch_size: scenes a step.
         optimizer: "adamw", or "muon" for the layers' matrices with AdamW for the embedding, head and gains.
@@ -123,6 +127,7 @@ class LanguageRecipe:
     optional_share: float = 0.5
     parallel_share: float = 0.0
     masks: dict[str, float] = dataclasses.field(default_factory=lambda: dict(DEFAULT_MASKS))
+    distilled_guidance: float = 1.0
     num_steps: int = 2_000
     batch_size: int = 24
     optimizer: Literal["adamw", "muon"] = "adamw"
@@ -150,6 +155,13 @@ class LanguageRecipe:
         ends = [phase.until for phase in self.phases]
         if ends != sorted(set(ends)) or any(not 0 < end < 1 for end in ends):
             raise ConfigError(f"phases must end at ascending shares of the steps between 0 and 1, got {ends}.")
+        if not 1 <= self.distilled_guidance < math.inf:
+            raise ConfigError(f"distilled_guidance must be at least 1, which is off, got {self.distilled_guidance!r}.")
+        if self.distilled_guidance > 1 and (self.start_from is None or self.parallel_share == 0):
+            raise ConfigError(
+                "distilled_guidance is learnt by masked scenes from the weights of start_from: set parallel_share and "
+                "start_from, or leave it at 1."
+            )
         if self.spike_ratio <= 1 or self.max_skipped_steps < 0:
             raise ConfigError(
                 "spike_ratio must be above 1 and max_skipped_steps not negative, got "
@@ -167,6 +179,11 @@ def check_trainable(recipe: LanguageRecipe) -> None:
         raise ConfigError(
             f"optimizer must be 'adamw' with Megatron, got {recipe.optimizer!r}: orthogonalising a matrix that is "
             "cut among processes is not here yet. Train with the reference, or set optimizer to adamw."
+        )
+    if recipe.distilled_guidance != 1:
+        raise ConfigError(
+            f"distilled_guidance must be 1 with Megatron, got {recipe.distilled_guidance!r}: a second model beside one "
+            "that is cut among processes is not here yet. Train with the reference."
         )
     if recipe.compile:
         raise ConfigError("compile must be false with Megatron, got true. Leave it out.")
@@ -317,6 +334,11 @@ class LanguageTraining(LanguageRun):
         if weights is not None:
             self.model.load_state_dict(weights)
         self.model.to(self.device)
+        self.teacher, self._taught_by = None, ""
+        if weights is not None and recipe.start_from is not None and recipe.distilled_guidance > 1:
+            self._taught_by = Bundle.open(recipe.start_from).weights_sha256
+            frozen = copy.deepcopy(self.model).eval()
+            self.teacher = GuidedTeacher(frozen, self.bundle.vocabulary, recipe.distilled_guidance)
         self.average = ExponentialMovingAverage(self.model, recipe.ema_decay)
         matrices = [weight for weight in self.model.model.layers.parameters() if weight.ndim > 1]
         self.optimizers = Optimizers(
@@ -372,6 +394,7 @@ class LanguageTraining(LanguageRun):
             "fingerprint": self.bundle.fingerprint,
             "loader": self.loader.state_dict(),
             "guard": self.guard.state_dict(),
+            "taught_by": self._taught_by,
         }
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
@@ -379,8 +402,13 @@ class LanguageTraining(LanguageRun):
 
         Raises:
             CheckpointError: the checkpoint belongs to another vocabulary.
-            ConfigError: the data or its order differ.
+            ConfigError: the data or its order differ, or the weights that teach.
         """
+        if (before := state.get("taught_by", self._taught_by)) != self._taught_by:
+            raise ConfigError(
+                f"start_from must hold the weights that the run was begun with, {before[:12] or 'none'} (sha256), as "
+                f"they teach it; it holds {self._taught_by[:12] or 'none'}. Put them back, or begin another run."
+            )
         self.check_vocabulary(state["fingerprint"])
         self.loader.load_state_dict(state["loader"])
         if "guard" in state:  # not in checkpoints of before there was one
@@ -403,11 +431,18 @@ class LanguageTraining(LanguageRun):
             part = slice(borders[number], borders[number + 1])
             measure = functools.partial(backward_from_targets, total=total)
             own = cast(Batch, {name: tensor[part] for name, tensor in cast(dict[str, Tensor], batch).items()})
-            return self._losses(model, own, loss_mask[part], measure)
+            return self._losses(model, own, loss_mask[part], measure, self.teacher)
 
         return torch.cat(self.replicas.backward(work))
 
-    def _losses(self, model: nn.Module, batch: Batch, loss_mask: Tensor, measure: Callable[..., Tensor]) -> Tensor:
+    def _losses(
+        self,
+        model: nn.Module,
+        batch: Batch,
+        loss_mask: Tensor,
+        measure: Callable[..., Tensor],
+        teacher: GuidedTeacher | None = None,
+    ) -> Tensor:
         """(P,) losses of a batch's targets by `target_losses` or `backward_from_targets`."""
         assert isinstance(model, PoetTransformer)
         ids, inputs = batch["ids"].to(self.device), batch["inputs"].to(self.device)
@@ -419,4 +454,6 @@ class LanguageTraining(LanguageRun):
         )
         with torch.autocast(self.device.type, dtype=torch.bfloat16, enabled=self.recipe.precision == "bf16"):
             hidden = model(inputs, layout)
+            if teacher is not None:
+                measure = functools.partial(measure, guided=teacher.targets(inputs, layout))
             return measure(hidden, ids, loss_mask, model.logits)

@@ -12,6 +12,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from poet.errors import ShapeError
+from poet.training.distillation import GuidedTargets
 
 __all__ = ["backward_from_targets", "modality_means", "target_losses"]
 
@@ -58,6 +59,7 @@ def backward_from_targets(
     logits: Callable[[Tensor], Tensor],
     chunk: int = 1024,
     total: int | None = None,
+    guided: GuidedTargets | None = None,
 ) -> Tensor:
     """`target_losses` and the gradient of their mean in one go, chunk by chunk.
 
@@ -71,6 +73,7 @@ def backward_from_targets(
         logits: (P, C) to (P, V).
         chunk: targets at a time.
         total: targets to take the mean over, where these are a part of a batch; None takes these.
+        guided: what some scenes shall learn in place of their ids; the loss there is cross-entropy with that.
 
     Returns:
         (P,) float32 losses, detached; gradients have been added to everything that they depend on.
@@ -81,7 +84,11 @@ def backward_from_targets(
     for start in range(0, count, chunk):
         row, column = rows[start : start + chunk], columns[start : start + chunk]
         piece = hidden.detach()[row, column - 1].requires_grad_()
-        losses = F.cross_entropy(logits(piece).float(), ids[row, column], reduction="none")
+        scores = logits(piece).float()
+        losses = F.cross_entropy(scores, ids[row, column], reduction="none")
+        if guided is not None and bool((soft := guided.taught[row]).any()):
+            learnt = F.cross_entropy(scores[soft], guided.probabilities(row[soft], column[soft]), reduction="none")
+            losses = losses.masked_scatter(soft, learnt)
         (losses.sum() / (count if total is None else total)).backward()
         assert piece.grad is not None
         gradient[row, column - 1] = piece.grad.to(gradient.dtype)

@@ -334,6 +334,11 @@ def test_a_run_of_one_process_and_one_of_several_do_not_take_each_others_place(g
     [
         (1, {"optimizer": "muon"}, "optimizer must be 'adamw' with Megatron"),
         (
+            1,
+            {"distilled_guidance": 2.0, "start_from": Path("x"), "parallel_share": 0.5},
+            "distilled_guidance must be 1 with Megatron",
+        ),
+        (
             2,
             {"parallel": Parallelism(tensor_parallel_size=4)},
             "the number of processes must be a multiple of .* = 4, got 2",

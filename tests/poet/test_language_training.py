@@ -23,6 +23,7 @@ from poet.data.clips import SourceClip
 from poet.data.encode import encode_source
 from poet.errors import CheckpointError, ConfigError, ShapeError
 from poet.media import Clip
+from poet.model.attention import SceneLayout
 from poet.model.weights import load_transformer
 from poet.testing import tiny_tokenizer_bundle
 from poet.training.config import to_plain
@@ -327,6 +328,67 @@ def test_a_run_can_start_from_a_bundles_weights(ground: Ground, tmp_path: Path) 
     foreign = dataclasses.replace(ground, bundle=ground.foreign_bundle, shards=ground.foreign_shards)
     with pytest.raises(CheckpointError, match="their ids mean different things"):
         foreign.training(start_from=tmp_path / "bundle")
+
+
+def test_masked_scenes_learn_what_guidance_foresees(ground: Ground, tmp_path: Path) -> None:
+    first = ground.training(export_dtype="float32", parallel_share=0.7)
+    for step in range(4):
+        first.train_step(step)
+    first.export(tmp_path / "bundle")
+    taught = {"start_from": tmp_path / "bundle", "parallel_share": 0.7, "precision": "fp32"}
+
+    def begun(**changes: Any) -> LanguageTraining:
+        return ground.training(**taught | {"text_dropout": 0.3, "num_steps": 40} | changes)
+
+    training = begun(distilled_guidance=2.5)
+    batch = training.loader.batch(0)
+    while not 1 < int(batch["parallel"].sum()) < BATCH:
+        batch = training.loader.batch(training.loader.next_batch)
+        training.loader.next_batch += 1
+    layout = SceneLayout.from_prefix_lengths(
+        batch["prefix_len"], batch["lengths"], batch["ids"].shape[1], parallel=batch["parallel"]
+    )
+    assert training.teacher is not None
+    targets = training.teacher.targets(batch["inputs"], layout)
+    low, high = training.bundle.vocabulary.text_range
+    null = training.bundle.vocabulary.special("<null>")
+    has_text = ((batch["inputs"] >= low) & (batch["inputs"] < high)).any(1)
+    assert targets.taught.tolist() == (batch["parallel"] & has_text).tolist()
+    assert bool(targets.taught.any())
+    row, column = (batch["loss_mask"] & targets.taught[:, None]).nonzero(as_tuple=True)
+    model = load_transformer(tmp_path / "bundle")
+    with torch.no_grad():
+        dropped = batch["inputs"].masked_fill((batch["inputs"] >= low) & (batch["inputs"] < high), null)
+        given, without = (model.logits(model(ids, layout)[row, column - 1]) for ids in (batch["inputs"], dropped))
+    expected = (without + 2.5 * (given - without)).softmax(-1)
+    torch.testing.assert_close(targets.probabilities(row, column), expected, rtol=1e-4, atol=1e-6)
+
+    # The teacher is the beginning, so at a scale of nearly 1 there is nothing to learn of its scenes.
+    def gradient(scale: float) -> float:
+        training = begun(distilled_guidance=scale, parallel_share=1.0, text_dropout=0.0, tasks={"text_to_video": 1.0})
+        return training.train_step(0)["gradient_norm"]
+
+    assert gradient(1.0 + 1e-6) < 1e-3 * gradient(1.0)
+    assert gradient(3.0) > 1e-2
+
+
+def test_a_taught_run_goes_on_with_its_teacher_alone(ground: Ground, tmp_path: Path) -> None:
+    for name, seed in (("one", 0), ("other", 1)):
+        ground.training(parallel_share=0.5, seed=seed).export(tmp_path / name)
+    recipe = {"parallel_share": 0.5, "distilled_guidance": 2.0, "start_from": tmp_path / "one"}
+    whole = ground.training(**recipe)
+    fit(whole, LOOP, tmp_path / "whole")
+    for steps in (4, 8):
+        part = ground.training(**recipe)
+        fit(part, dataclasses.replace(LOOP, num_steps=steps), tmp_path / "part")
+    assert _same(_weights(whole), _weights(part))
+    with pytest.raises(ConfigError, match="as they teach it"):
+        fit(ground.training(**recipe | {"start_from": tmp_path / "other"}), LOOP, tmp_path / "part")
+    for change in ({"start_from": None}, {"parallel_share": 0.0}):
+        with pytest.raises(ConfigError, match="set parallel_share and start_from"):
+            ground.recipe(**recipe | change)
+    with pytest.raises(ConfigError, match="at least 1, which is off"):
+        ground.recipe(distilled_guidance=0.5)
 
 
 def test_shards_of_another_vocabulary_are_refused(ground: Ground) -> None:

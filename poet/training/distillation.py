@@ -1,0 +1,81 @@
+"""What guidance foresees, as a target: a model learns to write at once what it wrote with two passes a step.
+
+A frozen model is asked for every hidden place with the text and without it, and the two answers mixed as guidance mixes
+them. Knows ids and logits; which scenes are hidden is the data's business.
+
+Legend: B scenes, L places, C hidden size, V vocabulary, P places that are targets.
+
+Source: Meng et al., arXiv:2210.03142, section 3.1, there for diffusion.
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from poet.generation.sampling import guide
+from poet.model.attention import SceneLayout
+from poet.model.transformer import PoetTransformer
+from poet.vocabulary import Vocabulary
+
+__all__ = ["GuidedTargets", "GuidedTeacher"]
+
+
+class GuidedTargets:
+    """The targets of one batch.
+
+    Args:
+        teacher: the frozen model.
+        with_text: (B, L, C), zero in scenes that have no such targets.
+        without_text: (B, L, C), likewise.
+        taught: (B,) bool, scenes that have them.
+        scale: of guidance.
+    """
+
+    def __init__(
+        self, teacher: PoetTransformer, with_text: Tensor, without_text: Tensor, taught: Tensor, scale: float
+    ) -> None:
+        self.taught = taught
+        self._teacher, self._scale = teacher, scale
+        self._with_text, self._without_text = with_text, without_text
+
+    @torch.no_grad()
+    def probabilities(self, row: Tensor, column: Tensor) -> Tensor:
+        """What guidance foresees for places (row, column), (P,) each: (P, V) float32."""
+        logits = self._teacher.logits(self._with_text[row, column - 1])
+        other = self._teacher.logits(self._without_text[row, column - 1])
+        return guide(logits, other, [self._scale] * len(row)).softmax(-1)
+
+
+class GuidedTeacher:
+    """A frozen model that says what hidden places hold.
+
+    Args:
+        model: in evaluation mode.
+        vocabulary: says what is text, and what stands for none.
+        scale: of guidance.
+    """
+
+    def __init__(self, model: PoetTransformer, vocabulary: Vocabulary, scale: float) -> None:
+        self._model, self._scale = model.requires_grad_(False), scale
+        self._text, self._null = vocabulary.text_range, vocabulary.special("<null>")
+
+    @torch.no_grad()
+    def targets(self, inputs: Tensor, layout: SceneLayout) -> GuidedTargets:
+        """Look at a batch.
+
+        Args:
+            inputs: (B, L) ids, <mask> where they are hidden.
+            layout: of the same; its parallel scenes with a text are taught.
+
+        Returns:
+            The targets of those scenes.
+        """
+        text = (inputs >= self._text[0]) & (inputs < self._text[1])
+        taught = layout.parallel.any(1) & text.any(1)
+        states = torch.zeros(2, *inputs.shape, self._model.config.hidden_size, device=inputs.device)
+        if bool(taught.any()):
+            chosen = layout.select(taught)
+            for number, ids in enumerate((inputs, inputs.masked_fill(text, self._null))):
+                states[number, taught] = self._model(ids[taught], chosen).float()
+        return GuidedTargets(self._model, states[0], states[1], taught, self._scale)
