@@ -8,10 +8,10 @@ Legend: T ids of a step, R rank, I inputs and O outputs of a matrix.
 
 from __future__ import annotations
 
-import itertools
 from collections.abc import Callable, Sequence
 from typing import Any, Final
 
+import torch
 from torch import Tensor
 
 from poet.errors import ConfigError
@@ -61,40 +61,59 @@ class AdapterRows:
     """Which ids of a step are whose adapter's.
 
     Attributes:
-        runs: (first, behind the last, slot of the adapter); ids of none are in no run.
+        groups: of each adapter in the step its slot and its ids' places, a slice where they stand together.
     """
 
     def __init__(self) -> None:
-        self.runs: list[tuple[int, int, int]] = []
+        self.groups: list[tuple[int, slice | Tensor]] = []
 
     def update(self, slots_T: Tensor) -> None:
         """Take over a step: (T,) slots, -1 where there is no adapter."""
-        self.runs, start = [], 0
-        for slot, group in itertools.groupby(slots_T.tolist()):
-            stop = start + sum(1 for _ in group)
-            if slot >= 0:
-                self.runs.append((start, stop, slot))
-            start = stop
+        places: dict[int, list[int]] = {}
+        for place, slot in enumerate(slots_T.tolist()):
+            places.setdefault(slot, []).append(place)
+        places.pop(-1, None)
+        self.groups = [(slot, _together(own)) for slot, own in places.items()]
+
+
+def _together(places: list[int]) -> slice | Tensor:
+    """Ascending places, as a slice if there is no gap between them."""
+    if places[-1] - places[0] + 1 == len(places):
+        return slice(places[0], places[-1] + 1)
+    return torch.tensor(places)
 
 
 def adapted_product(product: Callable[[Tensor], Tensor], layer: Any, rows: AdapterRows) -> Callable[[Tensor], Tensor]:
     """A projection and its adapters' changes.
 
+    A projection that is packed of several has a pair of matrices for each. They become parts of one pair, the second
+    with zeros beside its blocks, so that an adapter is two products; vLLM goes on writing into its slots, which are
+    views of them then.
+
     Args:
         product: (T, I) to a new (T, O).
-        layer: vLLM's, which holds the adapters' matrices in slots, several where the projection is packed of several.
+        layer: vLLM's, which holds the adapters' matrices in slots.
         rows: of the step that is being computed.
     """
-    pairs = list(zip(layer.lora_a_stacked, layer.lora_b_stacked, strict=True))
+    firsts, seconds = list(layer.lora_a_stacked), list(layer.lora_b_stacked)
+    ranks, widths = [one.shape[2] for one in firsts], [one.shape[2] for one in seconds]
+    first = firsts[0].new_zeros(len(firsts[0]), sum(ranks), firsts[0].shape[3])
+    second = seconds[0].new_zeros(len(seconds[0]), sum(widths), sum(ranks))
+    rank = width = 0
+    for number, (one, other) in enumerate(zip(firsts, seconds, strict=True)):
+        firsts[number] = first[:, None, rank : rank + ranks[number]].copy_(one)
+        seconds[number] = second[:, None, width : width + widths[number], rank : rank + ranks[number]].copy_(other)
+        rank, width = rank + ranks[number], width + widths[number]
+    layer.lora_a_stacked, layer.lora_b_stacked = tuple(firsts), tuple(seconds)
 
     def adapted(x_TI: Tensor) -> Tensor:
         y_TO = product(x_TI)
-        for start, stop, slot in rows.runs:
-            x, column = x_TI[start:stop], 0
-            for first, second in pairs:
-                width = second.shape[2]
-                y_TO[start:stop, column : column + width].addmm_(x @ first[slot, 0].T, second[slot, 0].T)
-                column += width
+        for slot, places in rows.groups:
+            change = x_TI[places] @ first[slot].T
+            if isinstance(places, slice):
+                y_TO[places].addmm_(change, second[slot].T)
+            else:
+                y_TO.index_add_(0, places, change @ second[slot].T)
         return y_TO
 
     return adapted
