@@ -117,7 +117,8 @@ class FolderSource:
             self._entries = list(_read_manifest(path))
         else:
             raise ConfigError(
-                f"clips must come from a folder, a .jsonl or .csv manifest, or toybox:SPLIT; got {path}"
+                "clips must come from a folder, a .jsonl or .csv manifest, toybox:SPLIT or toybox-films:SPLIT; got "
+                f"{path}"
                 f"{'' if path.exists() else ', which does not exist'}."
             )
         if not self._entries:
@@ -267,9 +268,9 @@ def open_source(
     """The source that a name stands for.
 
     Args:
-        name: `toybox:SPLIT`, a folder, or a .jsonl or .csv manifest.
-        count: how many clips of it; needed for Toybox, which has no end. None: all.
-        start: number of the first clip.
+        name: `toybox:SPLIT`, `toybox-films:SPLIT`, a folder, or a .jsonl or .csv manifest.
+        count: how many clips of it, or films; needed for Toybox, which has no end. None: all.
+        start: number of the first clip, or film.
         fps: see `FolderSource`, here and below; Toybox has its own, and is drawn square at multiples of 64 pixels.
         height: pixels.
         width: pixels.
@@ -279,14 +280,17 @@ def open_source(
     Raises:
         ConfigError: there is no such source, or not so many clips.
     """
-    if isinstance(name, str) and name.startswith("toybox:"):
+    kind, colon, split = name.partition(":") if isinstance(name, str) else ("", "", "")
+    if colon and kind in ("toybox", "toybox-films"):
         if count is None:
             raise ConfigError(f"{name} has no end: say how many clips, with a count.")
         from poet.data.toybox import ToyboxSource  # scipy, which reading files does not need
+        from poet.data.toybox_films import ToyboxFilmSource
 
         if height != width:
             raise ConfigError(f"{name} is drawn square, got a height of {height} and a width of {width} pixels.")
-        return ToyboxSource(name.removeprefix("toybox:"), count, start, height)
+        drawn = ToyboxSource if kind == "toybox" else ToyboxFilmSource
+        return drawn(split, count, start, height)
     source = FolderSource(name, fps=fps, height=height, width=width, num_frames=num_frames, sample_rate=sample_rate)
     return source if count is None and start == 0 else _Range(source, start, count)
 

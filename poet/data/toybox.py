@@ -35,12 +35,18 @@ __all__ = [
     "RESOLUTION",
     "SAMPLE_RATE",
     "SIZES",
+    "SPLITS",
     "Attributes",
     "ToyboxClip",
+    "Trajectory",
     "draw",
     "draw_frames",
+    "draw_scene",
     "draw_sound",
+    "go_on",
     "is_held_out",
+    "move",
+    "scale_of",
 ]
 
 FPS: Final = 8
@@ -92,10 +98,12 @@ ATTRIBUTE_VALUES: Final[dict[str, tuple[str, ...]]] = {
 SPLITS: Final = ("train", "seen", "unseen")
 
 _TRAVEL = 24.0  # pixels that a moving object covers in the clip at nominal speed
+_SPEEDS = (0.6, 1.4)  # lowest and highest share of the nominal speed
 _CIRCLE_RADIUS = 11.0
 _BOUNCE_PERIOD = 0.8  # seconds between floor contacts at nominal speed
 _BOUNCE_HEIGHT = 28.0
 _MARGIN = 1.0  # pixels that stay free between the object and the frame's edge
+_TRIES = 64  # of a way on that stays inside the frame
 _SUPERSAMPLING = 4
 _NOTE_INTERVAL = 0.5  # seconds between plucks of the string and strikes of the bell
 _NOTE_DECAY = 0.15  # seconds, of the note that a bounce strikes
@@ -170,7 +178,7 @@ def draw(split: str, index: int, resolution: int = RESOLUTION) -> ToyboxClip:
         ConfigError: unknown split, negative index, or a resolution that is no multiple of 64.
     """
     plan = _plan(split, index)
-    clip = Clip(frames=_render(plan, resolution), fps=float(FPS), samples=_synthesise(plan), sample_rate=SAMPLE_RATE)
+    clip = _draw_plan(plan, resolution)
     return ToyboxClip(
         key=f"{split}-{index:07d}",
         attributes=plan.attributes,
@@ -179,6 +187,21 @@ def draw(split: str, index: int, resolution: int = RESOLUTION) -> ToyboxClip:
         caption=plan.caption,
         clip=clip,
     )
+
+
+def draw_scene(attributes: Attributes, trajectory: Trajectory, loudness: float, resolution: int = RESOLUTION) -> Clip:
+    """Draw picture and sound of a plan of one's own.
+
+    Args:
+        attributes: of the object and its sound.
+        trajectory: of the object, NUM_FRAMES long.
+        loudness: from 0 to 1.
+        resolution: see `draw`.
+
+    Raises:
+        ConfigError: as `draw`.
+    """
+    return _draw_plan(_Plan(attributes=attributes, trajectory=trajectory, loudness=loudness, caption=""), resolution)
 
 
 def draw_frames(split: str, index: int, resolution: int = RESOLUTION) -> NDArray[np.uint8]:
@@ -205,7 +228,7 @@ class ToyboxSource:
         if count < 1 or start < 0:
             raise ConfigError(f"a Toybox source needs count >= 1 and start >= 0, got count={count}, start={start}.")
         _plan(split, start)
-        _scale_of(resolution)
+        scale_of(resolution)
         self.split, self.count, self.start, self.resolution = split, count, start, resolution
         self.name = f"toybox:{split}?start={start}" + ("" if resolution == RESOLUTION else f"&resolution={resolution}")
 
@@ -238,6 +261,10 @@ class _Plan:
     caption: str
 
 
+def _draw_plan(plan: _Plan, resolution: int) -> Clip:
+    return Clip(frames=_render(plan, resolution), fps=float(FPS), samples=_synthesise(plan), sample_rate=SAMPLE_RATE)
+
+
 def _plan(split: str, index: int) -> _Plan:
     if split not in SPLITS:
         raise ConfigError(f"a Toybox split must be one of {', '.join(SPLITS)}; got {split!r}.")
@@ -249,7 +276,7 @@ def _plan(split: str, index: int) -> _Plan:
         if is_held_out(values["shape"], values["colour"], values["motion"]) == (split == "unseen"):
             break
     attributes = Attributes(**values)
-    trajectory = _move(attributes, rng)
+    trajectory = move(attributes, rng)
     loudness = float(rng.uniform(0.5, 1.0))
     return _Plan(
         attributes=attributes, trajectory=trajectory, loudness=loudness, caption=caption_for(attributes.as_dict(), rng)
@@ -259,13 +286,13 @@ def _plan(split: str, index: int) -> _Plan:
 # ---------------------------------------------------------------------------------------------------------- picture
 
 
-def _move(attributes: Attributes, rng: np.random.Generator) -> Trajectory:
+def move(attributes: Attributes, rng: np.random.Generator) -> Trajectory:
     """The object's track: start, speed and phase are drawn so that it stays inside the frame for the whole clip."""
     seconds = np.arange(NUM_FRAMES) / FPS
     share = seconds / seconds[-1]
     radius = SIZES[attributes.size]
     low, high = radius + _MARGIN, RESOLUTION - _MARGIN - radius
-    speed = rng.uniform(0.6, 1.4)
+    speed = rng.uniform(*_SPEEDS)
     half_width = np.full(NUM_FRAMES, radius)
     motion = attributes.motion
     if motion == "circles":
@@ -291,19 +318,94 @@ def _move(attributes: Attributes, rng: np.random.Generator) -> Trajectory:
     return Trajectory(x=x, y=y, half_width=half_width)
 
 
+def go_on(motion: str, size: str, before: Trajectory, rng: np.random.Generator) -> Trajectory | None:
+    """A track that begins where and as large as another ended.
+
+    Args:
+        motion: of the new one.
+        size: of the object.
+        before: the other.
+        rng: draws speed, and the way where there is a choice.
+
+    Returns:
+        The track, or None where there is none: it would leave the frame, or what has shrunk would not grow.
+    """
+    x, y, half_width = (float(part[-1]) for part in (before.x, before.y, before.half_width))
+    radius = SIZES[size]
+    low, high = radius + _MARGIN, RESOLUTION - _MARGIN - radius
+    if (half_width < radius - 1e-6) != (motion == "grows"):
+        return None
+    seconds = np.arange(NUM_FRAMES) / FPS
+    share = seconds / seconds[-1]
+    still = Trajectory(x=np.full(NUM_FRAMES, x), y=np.full(NUM_FRAMES, y), half_width=np.full(NUM_FRAMES, radius))
+    speed = float(rng.uniform(*_SPEEDS))
+    if motion == "stays still":
+        return still
+    if motion in ("grows", "shrinks"):
+        smallest = half_width / radius if motion == "grows" else 1 - 0.5 * speed
+        growth = share if motion == "grows" else 1 - share
+        return dataclasses.replace(still, half_width=radius * (smallest + (1 - smallest) * growth))
+    if motion == "circles":
+        for angle in rng.uniform(0, 2 * np.pi, _TRIES):
+            centre = np.array([x, y]) - _CIRCLE_RADIUS * np.array([np.cos(angle), np.sin(angle)])
+            if (centre >= low + _CIRCLE_RADIUS).all() and (centre <= high - _CIRCLE_RADIUS).all():
+                turned = angle + 2 * np.pi * speed * share
+                x_n, y_n = centre[0] + _CIRCLE_RADIUS * np.cos(turned), centre[1] + _CIRCLE_RADIUS * np.sin(turned)
+                return dataclasses.replace(still, x=x_n, y=y_n)
+        return None
+    if motion == "bounces":
+        return _bounce_from(x, y, high, radius, rng)
+    place, sign = {"moves right": (x, 1), "moves left": (x, -1), "falls": (y, 1), "rises": (y, -1)}[motion]
+    room = (high - place if sign > 0 else place - low) / _TRAVEL
+    if room < _SPEEDS[0]:
+        return None
+    moved = place + sign * _TRAVEL * min(speed, room) * share
+    return dataclasses.replace(still, **{"x" if motion.startswith("moves") else "y": moved})
+
+
+def _bounce_from(x: float, y: float, high: float, radius: float, rng: np.random.Generator) -> Trajectory | None:
+    """A bounce that begins at a height, falling or rising; None from above its highest place."""
+    height = (high - y) / _BOUNCE_HEIGHT
+    if not -1e-6 <= height <= 1:
+        return None
+    root = math.sqrt(max(0.0, 1 - height))
+    seconds = np.arange(NUM_FRAMES) / FPS
+    for _ in range(_TRIES):
+        phase = (1 + (root if rng.random() < 0.5 else -root)) / 2
+        period = _BOUNCE_PERIOD / float(rng.uniform(*_SPEEDS))
+        contacts = _contacts(phase, period)
+        if contacts is not None:
+            cycle = (seconds / period + phase) % 1.0
+            track = high - _BOUNCE_HEIGHT * 4 * cycle * (1 - cycle)
+            return Trajectory(
+                x=np.full(NUM_FRAMES, x), y=track, half_width=np.full(NUM_FRAMES, radius), contacts=contacts
+            )
+    return None
+
+
 def _bounce_phase(period: float, rng: np.random.Generator) -> tuple[float, tuple[float, ...]]:
     """A phase whose floor contacts all lie where a frame before and after shows them, and those contacts in seconds."""
-    last_frame = (NUM_FRAMES - 1) / FPS
     while True:
         phase = float(rng.uniform(0.0, 1.0))
-        contacts = [(k - phase) * period for k in range(1, 1 + math.ceil(NUM_FRAMES / FPS / period + phase))]
-        contacts = [time for time in contacts if time < NUM_FRAMES / FPS]
-        if contacts and contacts[0] > 0.05 and contacts[-1] < last_frame - 0.05:
-            return phase, tuple(contacts)
+        contacts = _contacts(phase, period)
+        if contacts is not None:
+            return phase, contacts
 
 
-def _scale_of(resolution: int) -> int:
-    """Pixels of a clip for one of the plan's."""
+def _contacts(phase: float, period: float) -> tuple[float, ...] | None:
+    """Floor contacts in seconds; None where there are none, or where the first or last frame is too near to one."""
+    times = [(k - phase) * period for k in range(1, 1 + math.ceil(NUM_FRAMES / FPS / period + phase))]
+    times = [time for time in times if time < NUM_FRAMES / FPS]
+    last_frame = (NUM_FRAMES - 1) / FPS
+    return tuple(times) if times and times[0] > 0.05 and times[-1] < last_frame - 0.05 else None
+
+
+def scale_of(resolution: int) -> int:
+    """Pixels of a clip for one of the plan's.
+
+    Raises:
+        ConfigError: the resolution is no multiple of 64.
+    """
     if resolution < RESOLUTION or resolution % RESOLUTION:
         raise ConfigError(f"a Toybox clip's resolution must be a multiple of {RESOLUTION}, got {resolution}.")
     return resolution // RESOLUTION
@@ -311,7 +413,7 @@ def _scale_of(resolution: int) -> int:
 
 def _render(plan: _Plan, resolution: int) -> NDArray[np.uint8]:
     """Draw the frames with 4 x 4 samples a pixel. Only a patch around the object is sampled."""
-    scale = _scale_of(resolution)
+    scale = scale_of(resolution)
     x, y, half_width = (scale * part for part in (plan.trajectory.x, plan.trajectory.y, plan.trajectory.half_width))
     background = np.array(BACKGROUNDS[plan.attributes.background], np.float32)
     colour = np.array(COLOURS[plan.attributes.colour], np.float32)

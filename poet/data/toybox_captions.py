@@ -114,8 +114,18 @@ _PATTERNS: tuple[str, ...] = (
     "a video of a <size> <colour> <shape> <participle> <on> <with>",
     "a <colour> <shape>, <size> in size, <verb> <on> while <clause>",
 )
+# Of a scene that goes on from another: what is there is known, what happens is not.
+_FOLLOWING: tuple[str, ...] = (
+    "it <verb> <with>",
+    "now it <verb> while <clause>",
+    "then it <verb> <with>",
+    "<clause> while it <verb>",
+    "it <verb>, and <clause>",
+    "<label>: it <verb>",
+)
 _SLOTS = re.compile(r"<(\w+)>")
 _PATTERN_PARTS: tuple[tuple[str, ...], ...] = tuple(tuple(_SLOTS.split(pattern)) for pattern in _PATTERNS)
+_FOLLOWING_PARTS: tuple[tuple[str, ...], ...] = tuple(tuple(_SLOTS.split(pattern)) for pattern in _FOLLOWING)
 _CAPITALISED_SHARE = 0.3  # people type both "a red star rises" and "A red star rises."
 
 _WORDS: dict[str, tuple[str, Mapping[str, Sequence[str]]]] = {
@@ -134,17 +144,18 @@ _SOUNDS: dict[str, Mapping[str, Sequence[str]]] = {
 _FRAMES: dict[str, Sequence[str]] = {"on": _ON_BACKGROUND, "backdrop": _BACKGROUND_LABELS}
 
 
-def caption_for(attributes: Mapping[str, str], rng: np.random.Generator) -> str:
+def caption_for(attributes: Mapping[str, str], rng: np.random.Generator, *, continues: bool = False) -> str:
     """Describe a clip in one of twelve sentence patterns, with synonyms drawn by `rng`.
 
     Args:
         attributes: values of colour, shape, size, background, motion, timbre and pitch, named as in the table of
             Toybox ("moves right", "stays still", ...). Of a silent clip the pitch is not read.
         rng: source of every choice; the same state gives the same caption.
+        continues: whether it is a scene that goes on from another: "it" moves and sounds, and nothing else is said.
 
     Returns:
-        One line of English that names every attribute, mostly in lower case without a final full stop, sometimes
-        capitalised with one.
+        One line of English that names every attribute (of a scene that goes on, motion and sound), mostly in lower case
+        without a final full stop, sometimes capitalised with one.
 
     Raises:
         ValueError: an attribute is missing or has a value that no phrase stands for.
@@ -154,7 +165,8 @@ def caption_for(attributes: Mapping[str, str], rng: np.random.Generator) -> str:
     def choose(options: Sequence[str]) -> str:
         return options[int(uniform.pop() * len(options))]
 
-    parts = _PATTERN_PARTS[int(uniform.pop() * len(_PATTERN_PARTS))]
+    patterns = _FOLLOWING_PARTS if continues else _PATTERN_PARTS
+    parts = patterns[int(uniform.pop() * len(patterns))]
     capitalised = uniform.pop() < _CAPITALISED_SHARE
     try:
         words = list(parts)
@@ -186,7 +198,8 @@ def parse_caption(text: str) -> dict[str, str]:
         text: a caption as `caption_for` writes it.
 
     Returns:
-        The attributes it was written from; without "pitch" when the timbre is "silent".
+        The attributes it was written from; without "pitch" when the timbre is "silent", and of a scene that goes on
+        from another motion and sound alone.
 
     Raises:
         ValueError: the text is no sentence of the grammar.
@@ -272,7 +285,7 @@ def _meanings() -> dict[str, dict[str, dict[str, str]]]:
 def _expressions() -> tuple[re.Pattern[str], ...]:
     """One regular expression for each pattern; a slot's group takes any phrase of that slot."""
     expressions = []
-    for parts in _PATTERN_PARTS:
+    for parts in (*_PATTERN_PARTS, *_FOLLOWING_PARTS):
         pieces = [re.escape(part) for part in parts]
         for place in range(1, len(parts), 2):
             phrases = "|".join(re.escape(phrase) for phrase in _meanings()[parts[place]])
