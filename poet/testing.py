@@ -325,7 +325,13 @@ def tiny_bundle(directory: Path, *, seed: int = 0, config: dict[str, Any] | None
 
 
 def tiny_shards(
-    bundle: Bundle, directory: Path, *, count: int = 23, seed: int = 0, num_latent_frames: int | None = None
+    bundle: Bundle,
+    directory: Path,
+    *,
+    count: int = 23,
+    seed: int = 0,
+    num_latent_frames: int | None = None,
+    film_scenes: int | None = None,
 ) -> Path:
     """Write token shards of random clips with captions of many lengths, with picture and sound.
 
@@ -335,6 +341,7 @@ def tiny_shards(
         count: clips.
         seed: of codes and captions.
         num_latent_frames: of every clip; None: 2 to 4.
+        film_scenes: so many clips one after another are a film; None: clips are on their own.
     """
     from poet.data.shards import EncodedClip, ShardWriter
 
@@ -347,7 +354,7 @@ def tiny_shards(
         assert parts.audio_out is not None
         clips.append(
             EncodedClip(
-                key=f"clip-{number}",
+                key=f"clip-{number}" if film_scenes is None else "film-{}.{}".format(*divmod(number, film_scenes)),
                 text="a red star " + "rises " * (number % 5),
                 video_codes=parts.video_out.astype(np.int32),
                 audio_codes=parts.audio_out.astype(np.int32),

@@ -16,7 +16,7 @@ import threading
 from collections import deque
 from collections.abc import Iterator, Mapping, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
-from typing import Any, Protocol, TypedDict
+from typing import Any, NotRequired, Protocol, TypedDict
 
 import numpy as np
 import torch
@@ -27,8 +27,9 @@ from poet.data.packing import MODALITIES, SceneSampler, modalities
 from poet.data.shards import EncodedClip
 from poet.errors import ConfigError, ShapeError
 from poet.sequence import PackedScene
+from poet.vocabulary import Vocabulary
 
-__all__ = ["Batch", "ClipRows", "SceneLoader"]
+__all__ = ["Batch", "ClipRows", "SceneLoader", "collate"]
 
 _FROM_SEEN_TO_MASKED = MODALITIES.index("masked_video") - MODALITIES.index("video")
 
@@ -44,6 +45,8 @@ class ClipRows(Protocol):
 class Batch(TypedDict):
     """One micro batch.
 
+    Of films (`poet.data.films`) what is (B,) here is (B, N), for the N scenes of a row, and there is one thing more.
+
     Attributes:
         ids: (B, L) int64, filled up with <pad> on the right.
         inputs: (B, L) int64, what the model is shown: `ids`, with <mask> at the targets of scenes that are parallel.
@@ -53,6 +56,7 @@ class Batch(TypedDict):
         modality: (B, L) uint8, places in `poet.data.packing.MODALITIES`.
         parallel: (B,) bool, scenes marked to be written many ids at once.
         rows: (B,) int64, which clip each scene was made of.
+        offset: of films, (B,) int64, the rotary position of each row's first id.
     """
 
     ids: Tensor
@@ -63,6 +67,7 @@ class Batch(TypedDict):
     modality: Tensor
     parallel: Tensor
     rows: Tensor
+    offset: NotRequired[Tensor]
 
 
 class SceneLoader:
@@ -260,24 +265,35 @@ class SceneLoader:
                 "scene_length or encode shorter clips."
             )
         width = -(-longest // self._length_multiple) * self._length_multiple
-        vocabulary = self._sampler.vocabulary
-        ids = np.full((len(chosen), width), vocabulary.special("<pad>"), np.int64)
-        loss_mask = np.zeros(ids.shape, np.bool_)
-        for place, (_, scene) in enumerate(chosen):
-            ids[place, : len(scene.ids)] = scene.ids
-            loss_mask[place, : len(scene.ids)] = scene.loss_mask
-        # <parallel> can stand in the third place alone.
-        parallel = ids[:, 2] == vocabulary.special("<parallel>")
-        hidden = parallel[:, None] & loss_mask
-        kinds = modalities(ids, vocabulary)
-        kinds[hidden] += _FROM_SEEN_TO_MASKED
-        return Batch(
-            ids=torch.from_numpy(ids),
-            inputs=torch.from_numpy(np.where(hidden, vocabulary.special("<mask>"), ids)),
-            prefix_len=torch.tensor([scene.prefix_len for _, scene in chosen]),
-            lengths=torch.tensor(lengths),
-            loss_mask=torch.from_numpy(loss_mask),
-            modality=torch.from_numpy(kinds),
-            parallel=torch.from_numpy(parallel),
-            rows=torch.tensor([row for row, _ in chosen]),
-        )
+        return collate(chosen, self._sampler.vocabulary, width)
+
+
+def collate(chosen: Sequence[tuple[int, PackedScene]], vocabulary: Vocabulary, width: int) -> Batch:
+    """Lay scenes into the rows of a batch.
+
+    Args:
+        chosen: (row, scene) pairs, at most `width` ids each.
+        vocabulary: of their ids.
+        width: L.
+    """
+    lengths = [len(scene.ids) for _, scene in chosen]
+    ids = np.full((len(chosen), width), vocabulary.special("<pad>"), np.int64)
+    loss_mask = np.zeros(ids.shape, np.bool_)
+    for place, (_, scene) in enumerate(chosen):
+        ids[place, : len(scene.ids)] = scene.ids
+        loss_mask[place, : len(scene.ids)] = scene.loss_mask
+    # <parallel> can stand in the third place alone.
+    parallel = ids[:, 2] == vocabulary.special("<parallel>")
+    hidden = parallel[:, None] & loss_mask
+    kinds = modalities(ids, vocabulary)
+    kinds[hidden] += _FROM_SEEN_TO_MASKED
+    return Batch(
+        ids=torch.from_numpy(ids),
+        inputs=torch.from_numpy(np.where(hidden, vocabulary.special("<mask>"), ids)),
+        prefix_len=torch.tensor([scene.prefix_len for _, scene in chosen]),
+        lengths=torch.tensor(lengths),
+        loss_mask=torch.from_numpy(loss_mask),
+        modality=torch.from_numpy(kinds),
+        parallel=torch.from_numpy(parallel),
+        rows=torch.tensor([row for row, _ in chosen]),
+    )

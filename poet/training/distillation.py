@@ -28,7 +28,7 @@ class GuidedTargets:
         teacher: the frozen model.
         with_text: (B, L, C), zero in scenes that have no such targets.
         without_text: (B, L, C), likewise.
-        taught: (B,) bool, scenes that have them.
+        taught: (B, L) bool, places that may have them.
         scale: of guidance.
     """
 
@@ -61,21 +61,23 @@ class GuidedTeacher:
         self._text, self._null = vocabulary.text_range, vocabulary.special("<null>")
 
     @torch.no_grad()
-    def targets(self, inputs: Tensor, layout: SceneLayout) -> GuidedTargets:
+    def targets(self, inputs: Tensor, layout: SceneLayout, positions: Tensor | None = None) -> GuidedTargets:
         """Look at a batch.
 
         Args:
             inputs: (B, L) ids, <mask> where they are hidden.
-            layout: of the same; its parallel scenes with a text are taught.
+            layout: of the same; parallel scenes with a text are taught.
+            positions: (B, L) int64 rotary positions; None takes the layout's.
 
         Returns:
-            The targets of those scenes.
+            The targets of those scenes' places.
         """
-        text = (inputs >= self._text[0]) & (inputs < self._text[1])
-        taught = layout.parallel.any(1) & text.any(1)
+        text = (inputs >= self._text[0]) & (inputs < self._text[1]) & layout.parallel
+        taught = text.any(1)
         states = torch.zeros(2, *inputs.shape, self._model.config.hidden_size, device=inputs.device)
         if bool(taught.any()):
             chosen = layout.select(taught)
+            places = None if positions is None else positions[taught]
             for number, ids in enumerate((inputs, inputs.masked_fill(text, self._null))):
-                states[number, taught] = self._model(ids[taught], chosen).float()
-        return GuidedTargets(self._model, states[0], states[1], taught, self._scale)
+                states[number, taught] = self._model(ids[taught], chosen, places).float()
+        return GuidedTargets(self._model, states[0], states[1], layout.parallel & taught[:, None], self._scale)

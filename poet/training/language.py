@@ -15,17 +15,18 @@ from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any, Literal, cast
 
+import numpy as np
 import torch
 from safetensors.torch import save_file
 from torch import Tensor, nn
 
 from poet.bundle import TRAINED_PARALLEL_KEY, TRAINED_TASKS_KEY, Bundle
 from poet.bundle_writing import export_bundle
+from poet.data.films import FilmLoader, layout_of
 from poet.data.loader import Batch, SceneLoader
 from poet.data.packing import DEFAULT_MASKS, MODALITIES, SceneSampler
 from poet.data.shards import open_shards
 from poet.errors import CheckpointError, ConfigError
-from poet.model.attention import SceneLayout
 from poet.model.config import PoetConfig
 from poet.model.transformer import PoetTransformer
 from poet.model.weights import load_transformer
@@ -92,6 +93,11 @@ class LanguageRecipe:
         optional_share: share of scenes in which an input that the task may do without is given.
         parallel_share: share of scenes learnt as ones that are written many ids at once, from what is not hidden.
         masks: weights of the ways to hide, kinds of `poet.data.masking.MASK_KINDS`.
+        films: token shards of films (`poet.data.films`), or none.
+        film_share: share of the steps that learn from films.
+        films_per_batch: of such a step.
+        film_scenes: fewest and most scenes of a film; each step draws a number.
+        film_tasks: task name to weight, of the scenes of films.
         distilled_guidance: above 1, masked scenes with a text learn what `start_from` foresees of them under guidance
             of this scale, so that writing many ids at once needs none.
         num_steps: optimiser steps in all.
@@ -127,6 +133,11 @@ class LanguageRecipe:
     optional_share: float = 0.5
     parallel_share: float = 0.0
     masks: dict[str, float] = dataclasses.field(default_factory=lambda: dict(DEFAULT_MASKS))
+    films: Path | None = None
+    film_share: float = 0.0
+    films_per_batch: int = 2
+    film_scenes: tuple[int, int] = (2, 8)
+    film_tasks: dict[str, float] = dataclasses.field(default_factory=lambda: {"text_to_video_audio": 1.0})
     distilled_guidance: float = 1.0
     num_steps: int = 2_000
     batch_size: int = 24
@@ -155,6 +166,11 @@ class LanguageRecipe:
         ends = [phase.until for phase in self.phases]
         if ends != sorted(set(ends)) or any(not 0 < end < 1 for end in ends):
             raise ConfigError(f"phases must end at ascending shares of the steps between 0 and 1, got {ends}.")
+        if not 0 <= self.film_share <= 1 or (self.film_share > 0) != (self.films is not None):
+            raise ConfigError(
+                f"films and film_share go together: got {self.films} and {self.film_share!r}. Name shards of films and "
+                "a share of the steps from 0 to 1, or leave out both."
+            )
         if not 1 <= self.distilled_guidance < math.inf:
             raise ConfigError(f"distilled_guidance must be at least 1, which is off, got {self.distilled_guidance!r}.")
         if self.distilled_guidance > 1 and (self.start_from is None or self.parallel_share == 0):
@@ -208,12 +224,42 @@ class LanguageRun:
         self.guard = StepGuard(recipe.spike_ratio, recipe.max_skipped_steps)
         self.loader = self._open(recipe.shards, recipe.text_dropout, recipe.phases)
         self.validation = self._open(recipe.validation_shards, 0.0, ())
+        self.films = None if recipe.films is None else self._open_films(recipe.films)
+
+    def batch(self, step: int) -> Batch:
+        """What a step learns from: single scenes or films, a pure function of the step."""
+        if self.films is not None:
+            rng = np.random.default_rng([self.recipe.seed, 6, step])
+            if rng.random() < self.recipe.film_share:
+                return self.films.batch(step)
+        return self.loader.batch(step)
+
+    def loader_state(self) -> dict[str, Any]:
+        """What decides the order of the data."""
+        films = {} if self.films is None else {"films": self.films.settings}
+        return {**self.loader.state_dict(), **films}
+
+    def load_loader_state(self, state: Mapping[str, Any]) -> None:
+        """Raise unless the data are those of a checkpoint.
+
+        Raises:
+            ConfigError: they, or their order, differ.
+        """
+        self.loader.load_state_dict(state)
+        ours = None if self.films is None else self.films.settings
+        if state.get("films") != ours:
+            raise ConfigError(
+                f"data can only be resumed in the order it was begun in: films were {state.get('films')}, are {ours}. "
+                "Restore these settings, or start a new run from the weights."
+            )
 
     def step_metrics(
         self, step: int, batch: Batch, losses: Mapping[str, float], gradient_norm: float, *, admitted: bool
     ) -> dict[str, float]:
         """What a step reports. Losses and norm of a step that was left out are left out: they would spoil the means."""
         ids = float(batch["lengths"].sum())
+        if "offset" in batch:
+            losses = {f"film_{name}": value for name, value in losses.items()}
         measured = {**losses, "gradient_norm": gradient_norm} if admitted else {}
         return {
             **measured,
@@ -270,7 +316,9 @@ class LanguageRun:
     @property
     def trained_tasks(self) -> set[str]:
         """Names of all tasks that the run shows."""
-        return {name for tasks in (self.recipe.tasks, *(phase.tasks for phase in self.recipe.phases)) for name in tasks}
+        films = {} if self.films is None else self.recipe.film_tasks
+        shown = (self.recipe.tasks, films, *(phase.tasks for phase in self.recipe.phases))
+        return {name for tasks in shown for name in tasks}
 
     def export_weights(self, directory: Path, state: Mapping[str, Tensor]) -> None:
         """Write the bundle with these weights, all of them under their canonical names."""
@@ -287,22 +335,37 @@ class LanguageRun:
             overwrite=True,
         )
 
+    def _sampler(self, tasks: Mapping[str, float], text_dropout: float, parallel_share: float) -> SceneSampler:
+        return SceneSampler(
+            self.bundle.vocabulary,
+            self.bundle.text_tokenizer,
+            tasks,
+            text_dropout=text_dropout,
+            optional_share=self.recipe.optional_share,
+            parallel_share=parallel_share,
+            masks=self.recipe.masks,
+            seed=self.recipe.seed,
+        )
+
+    def _open_films(self, shards: Path) -> FilmLoader:
+        recipe = self.recipe
+        return FilmLoader(
+            open_shards(shards, self.bundle.fingerprint),
+            self._sampler(recipe.film_tasks, recipe.text_dropout, 0.0),
+            self._sampler(recipe.film_tasks, recipe.text_dropout, recipe.parallel_share),
+            batch_size=recipe.films_per_batch,
+            num_scenes=recipe.film_scenes,
+            scene_length=self.config.scene_length,
+            num_positions=self.config.max_position_embeddings,
+            seed=recipe.seed,
+        )
+
     def _open(self, shards: Path, text_dropout: float, phases: Sequence[TaskPhase]) -> SceneLoader:
         recipe = self.recipe
-
-        def sampler(tasks: Mapping[str, float]) -> SceneSampler:
-            return SceneSampler(
-                self.bundle.vocabulary,
-                self.bundle.text_tokenizer,
-                tasks,
-                text_dropout=text_dropout,
-                optional_share=recipe.optional_share,
-                parallel_share=recipe.parallel_share,
-                masks=recipe.masks,
-                seed=recipe.seed,
-            )
-
-        first, *later = [sampler(tasks) for tasks in (*(phase.tasks for phase in phases), recipe.tasks)]
+        first, *later = [
+            self._sampler(tasks, text_dropout, recipe.parallel_share)
+            for tasks in (*(phase.tasks for phase in phases), recipe.tasks)
+        ]
         borders = [math.ceil(phase.until * recipe.num_steps) for phase in phases]
         return SceneLoader(
             open_shards(shards, self.bundle.fingerprint),
@@ -353,7 +416,7 @@ class LanguageTraining(LanguageRun):
         self.replicas = Replicas(self.model, 1 if alone else min(torch.get_num_threads(), recipe.batch_size))
         if recipe.compile:
             self.model.compile(dynamic=True)
-        self.ahead = DrawnAhead(self.loader.batch)
+        self.ahead = DrawnAhead(self.batch)
 
     def train_step(self, step: int) -> dict[str, float]:
         """One optimiser step; returns losses by modality, ids and the gradient's norm."""
@@ -392,7 +455,7 @@ class LanguageTraining(LanguageRun):
             "average": self.average.state_dict(),
             "optimizers": self.optimizers.state_dict(),
             "fingerprint": self.bundle.fingerprint,
-            "loader": self.loader.state_dict(),
+            "loader": self.loader_state(),
             "guard": self.guard.state_dict(),
             "taught_by": self._taught_by,
         }
@@ -410,7 +473,7 @@ class LanguageTraining(LanguageRun):
                 f"they teach it; it holds {self._taught_by[:12] or 'none'}. Put them back, or begin another run."
             )
         self.check_vocabulary(state["fingerprint"])
-        self.loader.load_state_dict(state["loader"])
+        self.load_loader_state(state["loader"])
         if "guard" in state:  # not in checkpoints of before there was one
             self.guard.load_state_dict(state["guard"])
         self.model.load_state_dict(state["model"])
@@ -446,14 +509,11 @@ class LanguageTraining(LanguageRun):
         """(P,) losses of a batch's targets by `target_losses` or `backward_from_targets`."""
         assert isinstance(model, PoetTransformer)
         ids, inputs = batch["ids"].to(self.device), batch["inputs"].to(self.device)
-        layout = SceneLayout.from_prefix_lengths(
-            batch["prefix_len"].to(self.device),
-            batch["lengths"].to(self.device),
-            ids.shape[1],
-            parallel=batch["parallel"].to(self.device),
-        )
+        layout, positions = layout_of(batch)
+        layout = layout.to(self.device)
+        positions = None if positions is None else positions.to(self.device)
         with torch.autocast(self.device.type, dtype=torch.bfloat16, enabled=self.recipe.precision == "bf16"):
-            hidden = model(inputs, layout)
+            hidden = model(inputs, layout, positions)
             if teacher is not None:
-                measure = functools.partial(measure, guided=teacher.targets(inputs, layout))
+                measure = functools.partial(measure, guided=teacher.targets(inputs, layout, positions))
             return measure(hidden, ids, loss_mask, model.logits)

@@ -86,7 +86,7 @@ def backward_from_targets(
         piece = hidden.detach()[row, column - 1].requires_grad_()
         scores = logits(piece).float()
         losses = F.cross_entropy(scores, ids[row, column], reduction="none")
-        if guided is not None and bool((soft := guided.taught[row]).any()):
+        if guided is not None and bool((soft := guided.taught[row, column]).any()):
             learnt = F.cross_entropy(scores[soft], guided.probabilities(row[soft], column[soft]), reduction="none")
             losses = losses.masked_scatter(soft, learnt)
         (losses.sum() / (count if total is None else total)).backward()

@@ -33,10 +33,10 @@ from megatron.core.pipeline_parallel import get_forward_backward_func
 from megatron.core.transformer.module import Float16Module
 from torch import Tensor, distributed
 
+from poet.data.films import layout_of
 from poet.data.loader import Batch
 from poet.data.packing import MODALITIES
 from poet.errors import ConfigError
-from poet.model.attention import SceneLayout
 from poet.model.transformer import PoetTransformer
 from poet.training import megatron_keymap
 from poet.training.ahead import DrawnAhead
@@ -153,6 +153,12 @@ class MegatronTraining(LanguageRun):
         self.dp_rank = parallel_state.get_data_parallel_rank()
         self.dp_size = parallel_state.get_data_parallel_world_size()
         self.rows = cut.rows_each(recipe.batch_size, distributed.get_world_size())
+        self.copies = recipe.batch_size // self.rows
+        if self.films is not None and recipe.films_per_batch % self.copies:
+            raise ConfigError(
+                f"films_per_batch must be a multiple of the {self.copies} data-parallel processes, got "
+                f"{recipe.films_per_batch}."
+            )
         self.micro_batch_size = cut.micro_batch_size or self.rows
         bf16 = recipe.precision == "bf16" and self.device.type == "cuda"
         self.transformer_config = to_transformer_config(self.config, cut, bf16=bf16)
@@ -192,7 +198,7 @@ class MegatronTraining(LanguageRun):
         self.transformer_config.finalize_model_grads_func = finalize_model_grads
         self.transformer_config.grad_scale_func = self.optimizer.scale_loss
         self.schedule: Callable[..., list[dict[str, Tensor]]] = get_forward_backward_func()
-        self.ahead = DrawnAhead(self.loader.batch)
+        self.ahead = DrawnAhead(self.batch)
 
     # ------------------------------------------------------------------------------------------------------- steps
 
@@ -235,10 +241,13 @@ class MegatronTraining(LanguageRun):
             multiple = math.lcm(multiple, FLEX_BLOCK)  # few widths, so that attention is compiled few times
         missing = -tensors["ids"].shape[1] % multiple
         width = tensors["ids"].shape[1] + missing
-        own = slice(self.dp_rank * self.rows, (self.dp_rank + 1) * self.rows)
+        # Films are fewer rows than single scenes, and longer ones.
+        rows = len(tensors["ids"]) // self.copies
+        size = math.gcd(rows, self.micro_batch_size)
+        own = slice(self.dp_rank * rows, (self.dp_rank + 1) * rows)
         parts = [
-            {name: tensor[own][start : start + self.micro_batch_size] for name, tensor in tensors.items()}
-            for start in range(0, self.rows, self.micro_batch_size)
+            {name: tensor[own][start : start + size] for name, tensor in tensors.items()}
+            for start in range(0, rows, size)
         ]
         results = self.schedule(
             forward_step_func=functools.partial(self._forward, width=width),
@@ -246,7 +255,7 @@ class MegatronTraining(LanguageRun):
             model=[self.parallel_model],
             num_microbatches=len(parts),
             seq_length=width,
-            micro_batch_size=self.micro_batch_size,
+            micro_batch_size=size,
             forward_only=forward_only,
         )
         sums = torch.zeros(2, len(MODALITIES), dtype=torch.float64)
@@ -270,10 +279,8 @@ class MegatronTraining(LanguageRun):
         ids, inputs, loss_mask, modality = (
             torch.nn.functional.pad(batch[name], (0, missing)) for name in ("ids", "inputs", "loss_mask", "modality")
         )
-        layout = SceneLayout.from_prefix_lengths(
-            batch["prefix_len"], batch["lengths"], width, parallel=batch["parallel"]
-        )
-        page = self.model.book.add(layout, self.transformer_config.params_dtype)
+        layout, positions = layout_of(cast(Batch, batch), width)
+        page = self.model.book.add(layout, self.transformer_config.params_dtype, positions)
 
         def reduce(losses: Tensor) -> tuple[Tensor, Tensor, dict[str, Tensor]]:
             kinds = modality[loss_mask].long()
@@ -363,7 +370,7 @@ class MegatronTraining(LanguageRun):
             "num_updates": self.num_updates,
             "guard": self.guard.state_dict(),
             "fingerprint": self.bundle.fingerprint,
-            "loader": self.loader.state_dict(),
+            "loader": self.loader_state(),
             "distributed_optimizer": self.recipe.parallel.distributed_optimizer,
         }
 
@@ -380,7 +387,7 @@ class MegatronTraining(LanguageRun):
                 f"distributed_optimizer must be {state['distributed_optimizer']}, as it was when the run was begun: "
                 "Megatron saves the two kinds of optimizer differently. Everything else of the cut may change."
             )
-        self.loader.load_state_dict(state["loader"])
+        self.load_loader_state(state["loader"])
         self.num_updates = int(state["num_updates"])
         if "guard" in state:
             self.guard.load_state_dict(state["guard"])

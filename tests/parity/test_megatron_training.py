@@ -178,6 +178,31 @@ def test_every_cut_has_the_references_curve_and_weights(
     assert Bundle.open(tmp_path / "export").fingerprint == Bundle.open(reference / "export").fingerprint
 
 
+@pytest.mark.parametrize(
+    "cut",
+    [
+        "one process",
+        "data 2",
+        "tensor 2 with sequence parallel",
+        pytest.param("pipeline 2, data 2, everything", marks=pytest.mark.slow),
+    ],
+)
+def test_films_are_learnt_alike(ground: Ground, tmp_path: Path, cut: str) -> None:
+    shards = tiny_shards(Bundle.open(ground.bundle), tmp_path / "films", count=24, film_scenes=4, num_latent_frames=3)
+    films = {"films": shards, "film_share": 0.7, "films_per_batch": 4, "film_scenes": (2, 3)}
+    fit(LanguageTraining(ground.recipe(**films)), loop(20), tmp_path / "reference")
+    processes, parallel = CUTS[cut]
+    changes = {**films, "parallel": Parallelism(**parallel)}
+    in_processes(processes, train, ground.recipe(**changes), loop(20), tmp_path / "megatron")
+    assert len(curve(tmp_path / "reference", "film_loss")) > 9
+    assert len(curve(tmp_path / "reference", "loss")) > 2
+    names = ["loss", "film_loss", "film_video_loss", "film_masked_video_loss", "validation_loss", "ids"]
+    assert_same_curves(tmp_path / "reference", tmp_path / "megatron", names)
+    if cut == "data 2":
+        with pytest.raises(ProcessRaisedException, match="multiple of the 2 data-parallel processes, got 3"):
+            in_processes(2, train, ground.recipe(**changes | {"films_per_batch": 3}), loop(1), tmp_path / "odd")
+
+
 def test_the_same_steps_are_left_out(ground: Ground, tmp_path: Path) -> None:
     changes = {"spike_ratio": 1.002, "max_skipped_steps": 50, "learning_rate": 1e-4}
     fit(LanguageTraining(ground.recipe(**changes)), loop(30), tmp_path / "reference")
