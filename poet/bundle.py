@@ -158,27 +158,29 @@ class GenerationDefaults:
         Raises:
             ConfigError: a key is missing or unknown, or a value cannot be used.
         """
-        parallel = values.get("parallel", {})  # not said before there was any
+        # Before parallel decoding had settings of its own, it took the others.
+        parallel = values.get("parallel", {"guidance_scale": values.get("guidance_scale", 1.0)})
         if not isinstance(parallel, Mapping):
             raise ConfigError(f"parallel must be an object, got {parallel!r}.")
         known = {field.name for field in dataclasses.fields(cls)}
-        theirs = {field.name for field in dataclasses.fields(ParallelDefaults)}
+        of_parallel = {field.name for field in dataclasses.fields(ParallelDefaults)}
         missing = sorted(known - set(values) - {"parallel"})
-        unknown = sorted(set(values) - known) + sorted(f"parallel.{name}" for name in set(parallel) - theirs)
+        unknown = sorted(set(values) - known) + sorted(f"parallel.{name}" for name in set(parallel) - of_parallel)
         if missing or unknown:
             raise ConfigError(f"generation defaults lack the keys {missing} and have the unknown keys {unknown}.")
         return cls(**{**values, "parallel": ParallelDefaults(**parallel)})
 
     def sampling(self, *, parallel: bool) -> dict[str, float | int]:
-        """How ids are drawn: temperature, top_k, top_p and guidance_scale, for one of the two decodings."""
+        """How ids are drawn.
+
+        Args:
+            parallel: for parallel decoding, which has a guidance_scale of its own.
+
+        Returns:
+            temperature, top_k, top_p and guidance_scale.
+        """
         drawn = {name: getattr(self, name) for name in ("temperature", "top_k", "top_p", "guidance_scale")}
         return drawn | ({"guidance_scale": self.parallel.guidance_scale} if parallel else {})
-
-    def steps(self) -> dict[str, float | int]:
-        """Of parallel decoding: num_steps, guidance_start and guidance_stop."""
-        steps = dataclasses.asdict(self.parallel)
-        del steps["guidance_scale"]
-        return steps
 
 
 def _check_finite(name: str, value: object) -> None:
@@ -274,6 +276,11 @@ class Bundle:
             for key in ("kind", "checksum"):
                 if isinstance(told, dict) and key in told and told[key] != expected[key]:
                     raise _foreign_tokenizer(directory, key, told[key], expected[key])
+
+    @property
+    def name(self) -> str:
+        """By which requests ask for it: that of its directory, once links are followed."""
+        return self.path.resolve().name
 
     @property
     def fingerprint(self) -> str:

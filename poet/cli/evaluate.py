@@ -7,7 +7,7 @@ from typing import Annotated
 
 import typer
 
-from poet.cli.adapters import read_named
+from poet.cli.adapters import read_one
 from poet.cli.generate import parallel_decoding, upsampling
 from poet.cli.output import progress, show_lines, show_result
 from poet.errors import ConfigError
@@ -87,7 +87,7 @@ def evaluate(
             guidance_stop=guidance_stop,
         )
         larger = upsampling(upsample, steps=upsample_steps, temperature=upsample_temperature)
-        adapters = read_named([] if lora is None else [str(lora)], bundle)
+        adapters = read_one(lora, bundle)
         with progress("evaluating") as advance:
             measured = measure.generation(
                 bundle,

@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from poet.cli.adapters import read_named
+from poet.cli.adapters import read_one
 from poet.cli.output import keep_what_is_read, note, progress, show_result
 from poet.errors import ConfigError, MediaError
 
@@ -125,7 +125,7 @@ def generate(
     if like is not None:
         settings, expected_ids = _settings_like(like, settings, bundle)
     defaults = bundle.generation_config
-    adapters = read_named([] if settings.lora is None else [str(settings.lora)], bundle)
+    adapters = read_one(settings.lora, bundle)
     files = GivenFiles(image=settings.image, video=settings.video, audio=settings.audio)
     has_text = settings.prompt is not None
     chosen = settings.task or files.guess_task(has_text=has_text, default=defaults.task)
@@ -327,7 +327,7 @@ def _adapter_of(path: Path, facts: Mapping[str, str], named: Path | None, bundle
     wanted = facts.get("adapter_sha256")
     if wanted is None:
         return None
-    found = "none" if named is None else read_named([str(named)], bundle)[0].sha256
+    found = "none" if named is None else read_one(named, bundle)[0].sha256
     if found != wanted:
         raise ConfigError(
             f"{path} was made with the adapter {facts.get('adapter')!r}, {wanted[:12]} (sha256), got {found[:12]}. "
@@ -421,9 +421,9 @@ def parallel_decoding(
                 "--decoding parallel, or leave it out."
             )
         return None
-    from poet.generation.canvas import ParallelDecoding
+    from poet.generation.canvas import choose_decoding
 
-    return ParallelDecoding(**(bundle.generation_config.steps() | said))  # type: ignore[arg-type]
+    return choose_decoding(bundle.generation_config.parallel, said)
 
 
 def upsampling(upsample: bool | None, *, steps: int | None, temperature: float | None) -> Upsampling | None:

@@ -8,15 +8,17 @@ Legend: T latent frames, K audio levels.
 from __future__ import annotations
 
 import dataclasses
-from typing import Final, Literal, get_args
+from collections.abc import Mapping
+from typing import Any, Final, Literal, get_args
 
+from poet.bundle import ParallelDefaults
 from poet.errors import ConfigError
 from poet.generation.maskgit import CanvasPlan, Schedule, Stage, check_steps
 from poet.sequence import output_places
 from poet.tasks import Task
 from poet.vocabulary import Vocabulary
 
-__all__ = ["ORDERS", "Order", "ParallelDecoding", "plan_canvas"]
+__all__ = ["ORDERS", "Order", "ParallelDecoding", "choose_decoding", "plan_canvas"]
 
 Order = Literal["whole", "parts", "frames"]
 ORDERS: Final[tuple[str, ...]] = get_args(Order)
@@ -67,6 +69,22 @@ class ParallelDecoding:
             guidance_stop=self.guidance_stop,
             pinned=pinned,
         )
+
+
+def choose_decoding(usual: ParallelDefaults, said: Mapping[str, Any]) -> ParallelDecoding:
+    """What was asked for, and the bundle's own settings where nothing was said.
+
+    Args:
+        usual: of the bundle.
+        said: fields of `ParallelDecoding`. If one end of the guided steps is among them, the other is the canvas's.
+
+    Raises:
+        ConfigError: a value that cannot be used.
+    """
+    own: dict[str, Any] = {"num_steps": usual.num_steps}
+    if not {"guidance_start", "guidance_stop"} & said.keys():
+        own |= {"guidance_start": usual.guidance_start, "guidance_stop": usual.guidance_stop}
+    return ParallelDecoding(**own | dict(said))
 
 
 def plan_canvas(

@@ -53,6 +53,7 @@ __all__ = [
 Schedule = Literal["cosine", "linear", "square"]
 SCHEDULES: Final[tuple[str, ...]] = get_args(Schedule)
 UNKNOWN: Final = -1
+_RUN: Final = 64  # ids that are summed together when one is drawn
 
 
 def check_steps(num_steps: int) -> None:
@@ -141,8 +142,11 @@ class CanvasPlan:
         return sum(stage.num_steps for stage in self.stages)
 
     def guided_steps(self, num_steps: int) -> range:
-        """Which steps guidance is in force in, of so many in all."""
-        return range(*(round(share * num_steps) for share in (self.guidance_start, self.guidance_stop)))
+        """Which steps guidance is in force in, of so many in all: at least one, if the shares differ."""
+        if self.guidance_start == self.guidance_stop:
+            return range(0)
+        first = min(round(self.guidance_start * num_steps), num_steps - 1)
+        return range(first, max(round(self.guidance_stop * num_steps), first + 1))
 
 
 def unknown_after(num_places: int, num_steps: int, schedule: Schedule) -> list[int]:
@@ -329,13 +333,10 @@ def _draw(scores: Tensor, generator: torch.Generator) -> Tensor:
     runs = functional.pad(shares, (0, -shares.shape[-1] % _RUN)).unflatten(-1, (-1, _RUN))
     sums = runs.sum(-1).double().cumsum(-1)
     level = torch.rand(len(scores), 1, dtype=torch.float64, generator=generator).to(scores.device) * sums[:, -1:]
-    run = _behind(sums, level)
+    run = _behind(sums, level)  # of NaN the first: what is not finite is found by whoever settles the canvas
     before = torch.where(run > 0, sums.gather(1, (run - 1).clamp_min(0)), 0.0)
     within = runs[torch.arange(len(scores), device=scores.device), run[:, 0]].double().cumsum(-1)
     return (run * _RUN + _behind(within, (level - before).clamp_min(0)))[:, 0]
-
-
-_RUN = 64
 
 
 def _behind(sums: Tensor, level: Tensor) -> Tensor:
@@ -343,7 +344,8 @@ def _behind(sums: Tensor, level: Tensor) -> Tensor:
 
     Rounding must not lead behind the last place with a share of its own, which is the first to reach the whole sum.
     """
-    return torch.searchsorted(sums, level, right=True).minimum(torch.searchsorted(sums, sums[:, -1:].contiguous()))
+    place = torch.searchsorted(sums, level, right=True).minimum(torch.searchsorted(sums, sums[:, -1:].contiguous()))
+    return torch.where(place < sums.shape[-1], place, 0)
 
 
 def _runs(low: NDArray[np.int64], high: NDArray[np.int64]) -> Iterator[tuple[int, int]]:

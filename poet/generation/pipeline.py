@@ -60,6 +60,7 @@ class ClipRequest:
         decoding: how to write many ids at once; None writes one after another.
         upsampling: how to write the picture's codes again in a larger size, with the bundle's upsampler; None leaves
             them as they are. Its seed is the request's.
+        adapter: name of one of the pipeline's LoRA adapters; None: the bundle's own weights.
     """
 
     task: str
@@ -233,6 +234,11 @@ class Pipeline:
         """
         task = get_task(request.task)
         self.bundle.check_trained(task.name)
+        if request.adapter is not None and request.adapter not in self.adapters:
+            raise ConfigError(
+                f"request {index}: adapter must be one of those that the pipeline was started with, "
+                f"{', '.join(self.adapters) or 'which are none'}; got {request.adapter!r}."
+            )
         if request.decoding is not None:
             self.bundle.check_parallel()
         if request.upsampling is not None:
@@ -457,7 +463,7 @@ class Pipeline:
         return {
             "generator": f"Poet {__version__}",
             "machine_made": "yes",
-            "bundle": self.bundle.path.name,
+            "bundle": self.bundle.name,
             "fingerprint": self.bundle.fingerprint,
             "weights_sha256": self.weights_sha256,
             "engine": self.engine.name,

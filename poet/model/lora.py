@@ -14,20 +14,21 @@ import hashlib
 import json
 import math
 import re
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Final
 
 import torch
-from safetensors import SafetensorError, safe_open
+from safetensors import SafetensorError
+from safetensors.torch import load
 from torch import Tensor
 
 from poet.errors import CheckpointError, ConfigError
 from poet.model.config import PoetConfig
 from poet.model.transformer import PoetTransformer
 
-__all__ = ["FINGERPRINT_KEY", "Adapter", "merge_adapter", "read_adapter", "read_adapters"]
+__all__ = ["FINGERPRINT_KEY", "Adapter", "hash_adapter", "merge_adapter", "read_adapter"]
 
 CONFIG_FILE: Final = "adapter_config.json"
 WEIGHTS_FILE: Final = "adapter_model.safetensors"
@@ -39,7 +40,10 @@ _TENSOR: Final = re.compile(r"base_model\.model\.(?P<matrix>.+)\.lora_(?P<half>[
 _ADAPTED: Final = re.compile(r"model\.layers\.\d+\.(self_attn\.[qkvo]_proj|mlp\.(gate|up|down)_proj)")
 _PLAIN: Final[dict[str, tuple[Any, ...]]] = {
     "use_dora": (False, None),
-    "bias": ("none", None),
+    "use_qalora": (False, None),
+    "use_bdlora": (None, False),
+    "alora_invocation_tokens": (None, []),
+    "bias": ("none",),
     "lora_bias": (False, None),
     "modules_to_save": (None, []),
     "rank_pattern": ({}, None),
@@ -49,6 +53,9 @@ _PLAIN: Final[dict[str, tuple[Any, ...]]] = {
 }
 """Keys of PEFT's configuration with which an adapter is more than a product of two matrices, and what switches them
 off."""
+
+_PLAIN_BEGINNINGS: Final = (True, False, None, "gaussian", "eva", "orthogonal")
+"""Of `init_lora_weights`: from others (PiSSA, OLoRA, ...) PEFT begins with other weights of the model."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -68,27 +75,6 @@ class Adapter:
     rank: int
     scale: float
     sha256: str
-
-
-def read_adapters(
-    directories: Mapping[str, str | Path], config: PoetConfig, fingerprint: str, *, taken: Sequence[str] = ()
-) -> tuple[Adapter, ...]:
-    """Check several adapters of one model.
-
-    Args:
-        directories: of each by its name.
-        config: the model's.
-        fingerprint: of the bundle's vocabulary.
-        taken: names that none may have.
-
-    Raises:
-        ConfigError: a name that is taken.
-        CheckpointError, ConfigError: as `read_adapter`.
-    """
-    for name in directories:
-        if name in taken:
-            raise ConfigError(f"an adapter must have a name of its own, {name!r} is that of the bundle.")
-    return tuple(read_adapter(path, config, fingerprint, name=name) for name, path in directories.items())
 
 
 def read_adapter(path: str | Path, config: PoetConfig, fingerprint: str, *, name: str | None = None) -> Adapter:
@@ -111,26 +97,23 @@ def read_adapter(path: str | Path, config: PoetConfig, fingerprint: str, *, name
     name = path.resolve().name if name is None else name
     if not _NAME.fullmatch(name):
         raise ConfigError(
-            f"an adapter's name must be 1 to 64 letters, digits, dots, dashes and underscores, got {name!r}."
+            f"an adapter's name must be 1 to 64 letters, digits, dots, dashes and underscores, got {name!r}. Rename "
+            "its directory, or write NAME=DIR where names can be given."
         )
-    content, digest = _read_config(path / CONFIG_FILE)
+    raw = _read(path)
+    content = _parse(path / CONFIG_FILE, raw[0])
     rank, scale = _rank_and_scale(path / CONFIG_FILE, content)
     file = path / WEIGHTS_FILE
-    try:
-        digest.update(file.read_bytes())
-        with safe_open(file, framework="pt") as opened:
-            found = (opened.metadata() or {}).get(FINGERPRINT_KEY, fingerprint)
-    except (OSError, SafetensorError) as error:
-        raise CheckpointError(f"{file} cannot be read: {error}. Copy the adapter whole.") from error
+    found = _metadata(file, raw[1]).get(FINGERPRINT_KEY, fingerprint)
     if found != fingerprint:
         raise CheckpointError(
             f"{path} belongs to the vocabulary with the fingerprint {found[:12]}, but it must be {fingerprint[:12]}. "
             "Take the bundle that the adapter was trained on."
         )
-    adapter = Adapter(name=name, path=path, rank=rank, scale=scale, sha256=digest.hexdigest())
+    adapter = Adapter(name=name, path=path, rank=rank, scale=scale, sha256=_hash(raw))
     with torch.device("meta"):
         shapes = {key: tuple(tensor.shape) for key, tensor in PoetTransformer(config).state_dict().items()}
-    for matrix, (first, second) in _pairs(adapter).items():
+    for matrix, (first, second) in _pairs(file, raw[1]).items():
         outputs, inputs = shapes.get(f"{matrix}.weight", (0, 0))
         if (tuple(first.shape), tuple(second.shape)) != ((rank, inputs), (outputs, rank)):
             raise CheckpointError(
@@ -151,31 +134,71 @@ def merge_adapter(model: PoetTransformer, adapter: Adapter) -> None:
         adapter: to be merged.
 
     Raises:
-        CheckpointError: its file is no longer there, or no longer whole.
+        CheckpointError: its files are not what they were when it was checked.
     """
+    raw = _read(adapter.path)
+    if _hash(raw) != adapter.sha256:
+        raise CheckpointError(f"{adapter.path} was changed since it was checked. Start again with it as it is now.")
     weights = model.state_dict()
-    for matrix, (first, second) in _pairs(adapter).items():
+    for matrix, (first, second) in _pairs(adapter.path / WEIGHTS_FILE, raw[1]).items():
         weight = weights[f"{matrix}.weight"]
         change = adapter.scale * (second.float() @ first.float())
         weight.copy_(weight.float() + change.to(weight.device))
 
 
-def _pairs(adapter: Adapter) -> dict[str, tuple[Tensor, Tensor]]:
+def hash_adapter(path: Path) -> str:
+    """sha256 in hex of an adapter's two files as they are now.
+
+    Raises:
+        CheckpointError: one of them cannot be read.
+    """
+    return _hash(_read(path))
+
+
+Raw = tuple[bytes, bytes]
+"""What the two files hold: what is checked and hashed is what is used, whatever becomes of the files meanwhile."""
+
+
+def _read(path: Path) -> Raw:
+    try:
+        return (path / CONFIG_FILE).read_bytes(), (path / WEIGHTS_FILE).read_bytes()
+    except OSError as error:
+        raise CheckpointError(
+            f"{error.filename} cannot be read: {error.strerror}. An adapter is a directory with {CONFIG_FILE} and "
+            f"{WEIGHTS_FILE}; copy it whole."
+        ) from error
+
+
+def _hash(raw: Raw) -> str:
+    digest = hashlib.sha256(raw[0])
+    digest.update(raw[1])
+    return digest.hexdigest()
+
+
+def _metadata(file: Path, content: bytes) -> dict[str, str]:
+    """Of a safetensors file: eight bytes say how long its header is, which is JSON."""
+    try:
+        header = json.loads(content[8 : 8 + int.from_bytes(content[:8], "little")])
+        return dict(header.get("__metadata__", {}))
+    except (ValueError, AttributeError, TypeError) as error:
+        raise CheckpointError(f"{file} cannot be read: {error}. Copy the adapter whole.") from error
+
+
+def _pairs(file: Path, content: bytes) -> dict[str, tuple[Tensor, Tensor]]:
     """By the name of the matrix that is changed: (R, I) and (O, R)."""
-    file = adapter.path / WEIGHTS_FILE
     halves: dict[str, dict[str, Tensor]] = {}
     try:
-        with safe_open(file, framework="pt") as opened:
-            for key in opened.keys():  # noqa: SIM118, it is no mapping
-                match = _TENSOR.fullmatch(key)
-                if match is None or not _ADAPTED.fullmatch(match["matrix"]):
-                    raise ConfigError(
-                        f"{file} must hold changes of the matrices of attention and MLP alone, it has {key}. Train "
-                        "with the target modules q_proj, k_proj, v_proj, o_proj, gate_proj, up_proj and down_proj."
-                    )
-                halves.setdefault(match["matrix"], {})[match["half"]] = opened.get_tensor(key)
-    except (OSError, SafetensorError) as error:
+        tensors = load(content)
+    except SafetensorError as error:
         raise CheckpointError(f"{file} cannot be read: {error}. Copy the adapter whole.") from error
+    for key, tensor in tensors.items():
+        match = _TENSOR.fullmatch(key)
+        if match is None or not _ADAPTED.fullmatch(match["matrix"]):
+            raise ConfigError(
+                f"{file} must hold changes of the matrices of attention and MLP alone, it has {key}. Train with the "
+                "target modules q_proj, k_proj, v_proj, o_proj, gate_proj, up_proj and down_proj."
+            )
+        halves.setdefault(match["matrix"], {})[match["half"]] = tensor
     single = [matrix for matrix, both in halves.items() if len(both) < 2]
     if single or not halves:
         raise CheckpointError(
@@ -185,26 +208,25 @@ def _pairs(adapter: Adapter) -> dict[str, tuple[Tensor, Tensor]]:
     return {matrix: (both["A"], both["B"]) for matrix, both in halves.items()}
 
 
-def _read_config(file: Path) -> tuple[dict[str, Any], Any]:
+def _parse(file: Path, raw: bytes) -> dict[str, Any]:
     try:
-        raw = file.read_bytes()
         content = json.loads(raw)
-    except (OSError, ValueError) as error:
-        raise CheckpointError(
-            f"{file} cannot be read: {error}. An adapter is a directory with {CONFIG_FILE} and {WEIGHTS_FILE}."
-        ) from error
+    except ValueError as error:
+        raise CheckpointError(f"{file} cannot be read: {error}. Copy the adapter whole.") from error
     if not isinstance(content, dict) or content.get("peft_type") != "LORA":
         raise ConfigError(f"{file} must be PEFT's description of a LoRA adapter (peft_type LORA), it is not.")
-    return content, hashlib.sha256(raw)
+    return content
 
 
 def _rank_and_scale(file: Path, content: Mapping[str, Any]) -> tuple[int, float]:
-    for key, off in _PLAIN.items():
-        if content.get(key) not in off:
+    for key, off in {**_PLAIN, "init_lora_weights": _PLAIN_BEGINNINGS}.items():
+        if content.get(key, off[0]) not in off:
             raise ConfigError(
                 f"{file} must describe plain LoRA or rsLoRA, it has {key} {content[key]!r}: vLLM cannot add such a "
                 "change to a batch. Train without it."
             )
+    if not content.get("target_modules"):
+        raise ConfigError(f"{file} must name its target_modules, it does not. Save the adapter with PEFT again.")
     rank, alpha = content.get("r"), content.get("lora_alpha")
     if not isinstance(rank, int) or isinstance(rank, bool) or rank < 1:
         raise ConfigError(f"{file} must have a rank r of at least 1, got {rank!r}.")

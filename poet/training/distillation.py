@@ -51,7 +51,7 @@ class GuidedTeacher:
     """A frozen model that says what hidden places hold.
 
     Args:
-        model: in evaluation mode.
+        model: in evaluation mode; it is this one's from now on, and learns no more.
         vocabulary: says what is text, and what stands for none.
         scale: of guidance.
     """
@@ -65,7 +65,7 @@ class GuidedTeacher:
         """Look at a batch.
 
         Args:
-            inputs: (B, L) ids, <mask> where they are hidden.
+            inputs: (B, L) int64 ids, <mask> where they are hidden.
             layout: of the same; parallel scenes with a text are taught.
             positions: (B, L) int64 rotary positions; None takes the layout's.
 

@@ -399,7 +399,7 @@ class LanguageTraining(LanguageRun):
         self.model.to(self.device)
         self.teacher, self._taught_by = None, ""
         if weights is not None and recipe.start_from is not None and recipe.distilled_guidance > 1:
-            self._taught_by = Bundle.open(recipe.start_from).weights_sha256
+            self._taught_by = f"{Bundle.open(recipe.start_from).weights_sha256} at {recipe.distilled_guidance:g}"
             frozen = copy.deepcopy(self.model).eval()
             self.teacher = GuidedTeacher(frozen, self.bundle.vocabulary, recipe.distilled_guidance)
         self.average = ExponentialMovingAverage(self.model, recipe.ema_decay)
@@ -467,10 +467,10 @@ class LanguageTraining(LanguageRun):
             CheckpointError: the checkpoint belongs to another vocabulary.
             ConfigError: the data or its order differ, or the weights that teach.
         """
-        if (before := state.get("taught_by", self._taught_by)) != self._taught_by:
+        if (before := state.get("taught_by", "")) != self._taught_by:
             raise ConfigError(
-                f"start_from must hold the weights that the run was begun with, {before[:12] or 'none'} (sha256), as "
-                f"they teach it; it holds {self._taught_by[:12] or 'none'}. Put them back, or begin another run."
+                "start_from and distilled_guidance must be those that the run was begun with, as they teach it: "
+                f"{before or 'none'}; got {self._taught_by or 'none'}. Put them back, or begin another run."
             )
         self.check_vocabulary(state["fingerprint"])
         self.load_loader_state(state["loader"])

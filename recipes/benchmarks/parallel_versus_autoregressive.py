@@ -220,7 +220,7 @@ def main() -> None:
 
     from poet.bundle import Bundle, default_bundle
     from poet.errors import ConfigError
-    from poet.generation.canvas import ParallelDecoding
+    from poet.generation.canvas import choose_decoding
     from poet.generation.engine import load_engine
 
     about = hardware(torch.get_num_threads())
@@ -233,8 +233,8 @@ def main() -> None:
     scale = usual_scale if options.guidance_scale is None else options.guidance_scale
     names = ("order", "schedule", "choice_temperature", "guidance_start", "guidance_stop")
     chosen = {name: value for name in names if (value := getattr(options, name)) is not None}
-    chosen = bundle.generation_config.steps() | chosen
-    decodings = [ParallelDecoding(**{**chosen, "num_steps": steps}) for steps in options.steps]
+    usual_decoding = bundle.generation_config.parallel
+    decodings = [choose_decoding(usual_decoding, {**chosen, "num_steps": steps}) for steps in options.steps]
     engine = load_engine("vllm", bundle.path, decodings=["autoregressive", "parallel"])
     try:
         latency = measure_latency(engine, bundle, decodings, scale, options.rounds)

@@ -14,10 +14,17 @@ from typing import Any, Final
 import torch
 from torch import Tensor
 
-from poet.errors import ConfigError
-from poet.model.lora import Adapter
+from poet.errors import CheckpointError, ConfigError
+from poet.model.lora import Adapter, hash_adapter
 
-__all__ = ["AdapterRows", "adapted_product", "adapter_arguments", "adapter_requests"]
+__all__ = [
+    "AdapterRows",
+    "adapted_product",
+    "adapter_arguments",
+    "adapter_requests",
+    "all_requests",
+    "check_unchanged",
+]
 
 RANKS: Final = (1, 8, 16, 32, 64, 128, 256, 320, 512)
 """That vLLM has room for."""
@@ -25,6 +32,8 @@ RANKS: Final = (1, 8, 16, 32, 64, 128, 256, 320, 512)
 
 def adapter_arguments(adapters: Sequence[Adapter]) -> dict[str, Any]:
     """Engine arguments for adapters, all of which fit a step together, so that none waits for another.
+
+    Every slot has room for the largest rank, and a smaller adapter is multiplied as if it had it.
 
     One slot more stays empty: vLLM's kernels for CPUs mark an id without an adapter by -1, and read that as the last.
 
@@ -47,14 +56,29 @@ def adapter_arguments(adapters: Sequence[Adapter]) -> dict[str, Any]:
     }
 
 
-def adapter_requests(adapters: Sequence[Adapter]) -> dict[str | None, Any]:
-    """What goes with a request of each adapter, by name, and of none."""
+def all_requests(adapters: Sequence[Adapter]) -> list[Any]:
+    """What goes with a request of each adapter; vLLM knows them by their places, from 1 on."""
     from vllm.lora.request import LoRARequest
 
-    requests: dict[str | None, Any] = {None: None}
-    for number, adapter in enumerate(adapters, start=1):
-        requests[adapter.name] = LoRARequest(adapter.name, number, str(adapter.path.resolve()))
-    return requests
+    return [
+        LoRARequest(adapter.name, number, str(adapter.path.resolve()))
+        for number, adapter in enumerate(adapters, start=1)
+    ]
+
+
+def adapter_requests(adapters: Sequence[Adapter]) -> dict[str | None, Any]:
+    """What goes with a request of each adapter, by name, and of none."""
+    return {None: None, **dict(zip((adapter.name for adapter in adapters), all_requests(adapters), strict=True))}
+
+
+def check_unchanged(adapter: Adapter) -> None:
+    """Raise if an adapter's files are not what they were when it was checked; to be called once vLLM has read them.
+
+    Raises:
+        CheckpointError: they are not.
+    """
+    if hash_adapter(adapter.path) != adapter.sha256:
+        raise CheckpointError(f"{adapter.path} was changed since it was checked. Start again with it as it is now.")
 
 
 class AdapterRows:
@@ -68,7 +92,7 @@ class AdapterRows:
         self.groups: list[tuple[int, slice | Tensor]] = []
 
     def update(self, slots_T: Tensor) -> None:
-        """Take over a step: (T,) slots, -1 where there is no adapter."""
+        """Take over a step: (T,) int64 slots, -1 where there is no adapter."""
         places: dict[int, list[int]] = {}
         for place, slot in enumerate(slots_T.tolist()):
             places.setdefault(slot, []).append(place)
@@ -91,7 +115,7 @@ def adapted_product(product: Callable[[Tensor], Tensor], layer: Any, rows: Adapt
     views of them then.
 
     Args:
-        product: (T, I) to a new (T, O).
+        product: (T, I) to a new (T, O), of the model's dtype.
         layer: vLLM's, which holds the adapters' matrices in slots.
         rows: of the step that is being computed.
     """

@@ -25,7 +25,7 @@ from poet.generation.engine import GenerationRequest, StreamingEngine
 from poet.generation.maskgit import Canvas
 from poet.generation.upsample import UpsamplingCanvas, UpsamplingRequest, check_upsampling
 from poet.model.superresolution import UpsamplerConfig
-from poet_serving.adapters import adapter_requests
+from poet_serving.adapters import adapter_requests, check_unchanged
 from poet_serving.engine import check_servable
 from poet_serving.settings import EngineSettings
 from poet_serving.writing import halves_of, sampling_parameters
@@ -90,6 +90,18 @@ class AsyncEngine(StreamingEngine):
         """Whether all of vLLM's processes are there."""
         clients = [self._causal, self._canvases, None if self._upsampler is None else self._upsampler.client]
         return not any(client is not None and client.errored for client in clients)
+
+    async def load_adapters(self) -> None:
+        """Let vLLM read the adapters: a file that is damaged when its first request comes would end its engine.
+
+        Raises:
+            CheckpointError: an adapter's files were changed since it was checked.
+        """
+        for adapter in self._settings.adapters:
+            for client in (self._causal, self._canvases):
+                if client is not None:
+                    await client.add_lora(self._adapters[adapter.name])
+            check_unchanged(adapter)
 
     def check(self, request: GenerationRequest, *, index: int = 0) -> None:
         """See `Engine.check`."""

@@ -309,12 +309,12 @@ class Book:
         adapters: likewise.
 
     Raises:
-        ConfigError: a line of it is no result.
+        ConfigError: a line of it is no result, or one of another model or adapter.
         MediaError: it cannot be read or written.
     """
 
     def __init__(self, directory: Path, bundle: Bundle, adapters: Sequence[Adapter] = ()) -> None:
-        self.directory, self.model, self.weights = directory, bundle.path.name, bundle.weights_sha256
+        self.directory, self.model, self.weights = directory, bundle.name, bundle.weights_sha256
         self._adapters = {adapter.name: adapter.sha256 for adapter in adapters}
         self.answered: dict[str, str] = {}
         self.seen: set[str] = set()
@@ -433,10 +433,11 @@ class Book:
             )
         about = result["response"]["body"].get("metadata", {})
         name, sha256 = about.get("adapter"), about.get("adapter_sha256")
-        if name in self._adapters and sha256 != self._adapters[name]:
+        if name is not None and sha256 != self._adapters.get(name):
+            given = self._adapters.get(name, "none")
             raise ConfigError(
-                f"{self.directory} holds clips of another adapter {name!r}, {sha256[:12]} (sha256), than the one that "
-                f"is given, {self._adapters[name][:12]}. Name another directory with -o."
+                f"{self.directory} holds clips of the adapter {name!r}, {sha256[:12]} (sha256), which must be given "
+                f"again with --lora; got {given[:12]}. Name it, or another directory with -o."
             )
         self.answered[told["key"]] = told["request_sha256"]
         done = result["response"]["status_code"] == 200

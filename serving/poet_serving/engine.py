@@ -32,6 +32,7 @@ from poet.errors import CheckpointError, ConfigError, PoetError
 from poet.generation.engine import GenerationRequest, StreamingEngine, check_request
 from poet.generation.upsample import UpsamplingRequest, check_upsampling
 from poet.model.lora import Adapter
+from poet_serving.adapters import all_requests, check_unchanged
 from poet_serving.settings import EngineSettings, set_environment
 
 if TYPE_CHECKING:
@@ -102,6 +103,7 @@ class VLLMEngine(StreamingEngine):
                 self._vllm = _start(self._settings.causal())
             if "parallel" in decodings:
                 self._canvases = _start(self._settings.canvases())
+            self._load_adapters()
             if "upsampling" in decodings:
                 bundle = Bundle.open(bundle_dir)
                 # Loaded once by the reference's own code, which checks more than vLLM does.
@@ -120,6 +122,14 @@ class VLLMEngine(StreamingEngine):
         except ConfigError:
             self.close()
             raise
+
+    def _load_adapters(self) -> None:
+        """Now: a file that is damaged when its first request comes would end the engine for everybody."""
+        for adapter, request in zip(self._settings.adapters, all_requests(self._settings.adapters), strict=True):
+            for engine in (self._vllm, self._canvases):
+                if engine is not None:
+                    engine.add_lora(request)
+            check_unchanged(adapter)
 
     def stream(
         self, requests: Iterable[GenerationRequest], progress: Callable[[int], None] | None = None

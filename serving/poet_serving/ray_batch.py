@@ -177,7 +177,7 @@ class BlockWriter:
         yield from refused
 
     def _answer(self, order: _Order, made: GeneratedClip) -> Any:
-        name = made.request.adapter or self._pipeline.bundle.path.name
+        name = made.request.adapter or self._pipeline.bundle.name
         body, media = result_body(order.digest, made, name), None
         if made.clip is not None:
             with tempfile.TemporaryDirectory(prefix="poet-") as directory:

@@ -13,7 +13,7 @@ from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_valida
 
 from poet.bundle import Bundle
 from poet.errors import ConfigError, PoetError
-from poet.generation.canvas import Order, ParallelDecoding
+from poet.generation.canvas import Order, ParallelDecoding, choose_decoding
 from poet.generation.given import GivenFiles
 from poet.generation.maskgit import Schedule
 from poet.generation.pipeline import ClipRequest
@@ -118,7 +118,8 @@ class VideoBody(BaseModel):
         negative_prompt: what guidance moves away from.
         repetition_penalty, repetition_window: on ids that were written lately.
         decoding: autoregressive, or parallel.
-        steps, schedule, order, choice_temperature, guidance_start, guidance_stop: of parallel decoding.
+        steps, schedule, order, choice_temperature, guidance_start, guidance_stop: of parallel decoding; None takes the
+            bundle's own.
         upsample_steps, upsample_temperature: of upsampling.
     """
 
@@ -181,7 +182,7 @@ def to_clip_request(body: VideoBody, bundle: Bundle, files: GivenFiles, adapters
         RequestError: the model, task, size or length is another than the bundle has, or options do not go together.
         MediaError: a file cannot be read.
     """
-    check_model(body, (bundle.path.name, *adapters))
+    check_model(body, (bundle.name, *adapters))
     has_text = body.prompt is not None
     name = body.task or files.guess_task(has_text=has_text, default=bundle.generation_config.task)
     try:
@@ -255,7 +256,7 @@ def _parallel(body: VideoBody, bundle: Bundle) -> ParallelDecoding | None:
         theirs: value for ours, theirs in _PARALLEL.items() if (value := getattr(body, ours)) is not None
     }
     if body.decoding == "parallel":
-        return ParallelDecoding(**bundle.generation_config.steps() | said)
+        return choose_decoding(bundle.generation_config.parallel, said)
     for ours in _PARALLEL:
         if getattr(body, ours) is not None:
             raise RequestError(f"{ours} is for decoding 'parallel'.", code="invalid_value", param=ours)

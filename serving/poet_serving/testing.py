@@ -120,7 +120,7 @@ def run_server(
             limits=given,
             metrics=metrics,
             phrases=None if bundle.phrases_file is None else Phrases.load(bundle.phrases_file),
-            name=bundle.path.name,
+            name=bundle.name,
         )
         app.state.service.start()
         ready.set()

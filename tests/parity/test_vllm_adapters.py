@@ -3,10 +3,12 @@
 import dataclasses
 from collections.abc import Iterator
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
 import pytest
+import torch
 
 from poet.errors import ConfigError
 from poet.generation.canvas import ParallelDecoding, plan_canvas
@@ -26,6 +28,7 @@ from poet.testing import (
     tiny_geometry,
     tiny_vocabulary,
 )
+from poet_serving.adapters import AdapterRows, adapted_product, adapter_arguments
 from poet_serving.engine import VLLMEngine
 
 VOCABULARY = tiny_vocabulary()
@@ -160,6 +163,42 @@ def test_adapters_change_what_is_written(expected: list[list[int]], separate: di
         plain = base.generate([dataclasses.replace(one, adapter=None) for one in REQUESTS])
     changed = [one.adapter for one, ids, other in zip(REQUESTS, plain, expected, strict=True) if ids != other]
     assert changed == [one.adapter for one in REQUESTS if one.adapter is not None]
+
+
+def test_the_ids_of_one_adapter_go_through_its_products_together() -> None:
+    """Slots that vLLM fills later are seen, and packed parts that an adapter leaves out stay as they are."""
+    torch.manual_seed(0)
+    weight = torch.randn(12, 5)
+    layer = SimpleNamespace(
+        lora_a_stacked=tuple(torch.zeros(3, 1, 2, 5) for _ in range(3)),
+        lora_b_stacked=tuple(torch.zeros(3, 1, size, 2) for size in (6, 3, 3)),
+    )
+    rows = AdapterRows()
+    with torch.inference_mode():
+        product = adapted_product(lambda x: x @ weight.T, layer, rows)
+        for slot in (0, 1):
+            for part in (0, 2):
+                layer.lora_a_stacked[part][slot, 0].copy_(torch.randn(2, 5))
+                layer.lora_b_stacked[part][slot, 0].copy_(torch.randn(layer.lora_b_stacked[part].shape[2], 2))
+    x = torch.randn(7, 5)
+    for slots in ([-1] * 7, [1] * 7, [-1, -1, 0, 0, 1, 1, 1], [0, 1, -1, 0, 1, 1, 0]):
+        rows.update(torch.tensor(slots))
+        expected = x @ weight.T
+        for place, slot in enumerate(slots):
+            if slot >= 0:
+                pairs = zip(layer.lora_a_stacked, layer.lora_b_stacked, strict=True)
+                expected[place] += torch.cat([b[slot, 0] @ (a[slot, 0] @ x[place]) for a, b in pairs])
+        torch.testing.assert_close(product(x), expected)
+    rows.update(torch.tensor([1, 1, 0, -1]))
+    assert rows.groups == [(1, slice(0, 2)), (0, slice(2, 3))]
+
+
+def test_vllm_is_given_one_slot_more_than_there_are_adapters(adapters: tuple[Adapter, ...]) -> None:
+    found = adapter_arguments(adapters)
+    assert (found["max_loras"], found["max_lora_rank"]) == (3, 16)
+    assert adapter_arguments(()) == {}
+    with pytest.raises(ConfigError, match="at most 512"):
+        adapter_arguments([dataclasses.replace(adapters[0], rank=513)])
 
 
 def test_an_adapter_that_the_engine_was_not_started_with_is_refused(engine: VLLMEngine) -> None:

@@ -258,6 +258,8 @@ def test_defaults_come_back_from_a_dictionary_and_keys_are_checked():
     assert GenerationDefaults.from_dict(values) == tiny_defaults(top_k=17)
     del values["parallel"]  # a bundle of before there was any
     assert GenerationDefaults.from_dict(values) == tiny_defaults(top_k=17)
+    before = GenerationDefaults.from_dict(values | {"guidance_scale": 3.0})
+    assert before.sampling(parallel=True) == before.sampling(parallel=False)
     del values["fps"]
     with pytest.raises(ConfigError, match=r"lack the keys \['fps'\]"):
         GenerationDefaults.from_dict(values)

@@ -1,6 +1,7 @@
 """Adapters as PEFT writes them: read, checked and merged."""
 
 import json
+import re
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -9,11 +10,12 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
+from poet.cli.adapters import read_named, read_one
 from poet.errors import CheckpointError, ConfigError
 from poet.model.attention import SceneLayout
-from poet.model.lora import merge_adapter, read_adapter, read_adapters
+from poet.model.lora import merge_adapter, read_adapter
 from poet.model.transformer import PoetTransformer
-from poet.testing import save_adapter, save_model, sharp_model, tiny_config, tiny_vocabulary
+from poet.testing import save_adapter, save_model, sharp_model, tiny_bundle, tiny_config, tiny_vocabulary
 
 CONFIG = tiny_config(tiny_vocabulary())
 FINGERPRINT = "f" * 64
@@ -85,11 +87,16 @@ def edit_tensors(change: Callable[[dict[str, torch.Tensor]], object]) -> Callabl
     [
         (lambda path: (path / "adapter_config.json").unlink(), CheckpointError, "adapter_config.json cannot be read"),
         (lambda path: (path / "adapter_config.json").write_text("{"), CheckpointError, "cannot be read"),
-        (lambda path: (path / "adapter_model.safetensors").unlink(), CheckpointError, "Copy the adapter whole"),
+        (lambda path: (path / "adapter_model.safetensors").unlink(), CheckpointError, "copy it whole"),
         (lambda path: (path / "adapter_model.safetensors").write_bytes(b"x" * 99), CheckpointError, "cannot be read"),
         (edit_config(peft_type="IA3"), ConfigError, "LoRA adapter"),
         (edit_config(use_dora=True), ConfigError, "use_dora True"),
         (edit_config(bias="all"), ConfigError, "bias 'all'"),
+        (edit_config(bias=None), ConfigError, "bias None"),
+        (edit_config(init_lora_weights="pissa_niter_16"), ConfigError, "init_lora_weights 'pissa_niter_16'"),
+        (edit_config(use_qalora=True), ConfigError, "use_qalora"),
+        (edit_config(alora_invocation_tokens=[3]), ConfigError, "alora_invocation_tokens"),
+        (edit_config(target_modules=None), ConfigError, "target_modules"),
         (edit_config(modules_to_save=["lm_head"]), ConfigError, "modules_to_save"),
         (edit_config(r=0), ConfigError, "rank r of at least 1, got 0"),
         (edit_config(r=5), CheckpointError, r"matrices of \(5, "),
@@ -138,8 +145,29 @@ def test_names_are_plain(tmp_path: Path, name: str) -> None:
         read_adapter(path, CONFIG, FINGERPRINT, name=name)
 
 
-def test_no_adapter_takes_the_bundles_name(tmp_path: Path) -> None:
-    path = save_adapter(CONFIG, tmp_path / "style")
-    assert [one.name for one in read_adapters({"ink": path}, CONFIG, FINGERPRINT, taken=("nano",))] == ["ink"]
-    with pytest.raises(ConfigError, match="that of the bundle"):
-        read_adapters({"nano": path}, CONFIG, FINGERPRINT, taken=("nano",))
+def test_what_was_changed_since_it_was_checked_is_not_merged(tmp_path: Path) -> None:
+    adapter = read_adapter(save_adapter(CONFIG, tmp_path / "style"), CONFIG, FINGERPRINT)
+    save_adapter(CONFIG, tmp_path / "style", seed=1)
+    model = sharp_model(CONFIG)
+    before = {name: weight.clone() for name, weight in model.state_dict().items()}
+    with pytest.raises(CheckpointError, match="changed since it was checked"):
+        merge_adapter(model, adapter)
+    (tmp_path / "style" / "adapter_model.safetensors").unlink()
+    with pytest.raises(CheckpointError, match="cannot be read"):
+        merge_adapter(model, adapter)
+    assert all(torch.equal(weight, before[name]) for name, weight in model.state_dict().items())
+
+
+def test_the_command_line_names_adapters(tmp_path: Path) -> None:
+    bundle = tiny_bundle(tmp_path / "tiny")
+    ink, odd = (save_adapter(bundle.model_config, tmp_path / name) for name in ("ink", "lr=1e-4"))
+    assert [one.name for one in read_named([str(ink), f"clay={odd}"], bundle)] == ["ink", "clay"]
+    assert read_one(None, bundle) == read_named([], bundle) == ()
+    for values, words in (
+        ([str(ink), f"ink={odd}"], "'ink' was given before"),
+        ([f"tiny={ink}"], "'tiny' is that of the bundle"),
+        (["ink="], "must be NAME=DIR, got 'ink='"),
+        ([str(odd)], "got 'lr=1e-4'. Rename its directory"),  # its name is its directory's
+    ):
+        with pytest.raises(ConfigError, match=re.escape(words)):
+            read_named(values, bundle)

@@ -266,6 +266,33 @@ def test_guidance_in_some_steps_asks_for_the_guide_in_these_alone(
     assert none == plain
 
 
+@pytest.mark.parametrize(
+    ("num_steps", "start", "stop", "guided"),
+    [
+        (8, 0, 0.375, [0, 1, 2]),
+        (1, 0, 0.375, [0]),
+        (4, 0.4, 0.6, [2]),
+        (5, 0.95, 1, [4]),
+        (6, 0.5, 0.5, []),
+        (3, 0, 1, [0, 1, 2]),
+    ],
+)
+def test_guidance_is_in_force_in_one_step_at_least(
+    num_steps: int, start: float, stop: float, guided: list[int]
+) -> None:
+    assert list(plan(8, guidance_start=start, guidance_stop=stop).guided_steps(num_steps)) == guided
+
+
+@pytest.mark.parametrize("width", [5, 64, 300])
+def test_one_number_draws_by_the_shares(width: int) -> None:
+    scores = 3 * torch.randn(1, width, generator=torch.Generator().manual_seed(width))
+    scores[0, 1::3] = -math.inf
+    drawn = maskgit._draw(scores.expand(20_000, -1), torch.Generator().manual_seed(0))
+    found = torch.bincount(drawn, minlength=width) / len(drawn)
+    torch.testing.assert_close(found, scores[0].softmax(-1), rtol=0, atol=0.015)
+    assert (found[1::3] == 0).all()
+
+
 @pytest.mark.parametrize("shares", [(-0.1, 1), (0.6, 0.5), (0, 1.1), (float("nan"), 1)])
 def test_guidance_wants_shares_of_the_steps(shares: tuple[float, float]) -> None:
     with pytest.raises(ConfigError, match="shares of the steps"):
@@ -359,8 +386,9 @@ def test_an_output_of_open_length_has_no_canvas() -> None:
 def test_damaged_weights_are_told(model: PoetTransformer) -> None:
     damaged = PoetTransformer(CONFIG).eval()
     damaged.load_state_dict({name: tensor * math.nan for name, tensor in model.state_dict().items()})
-    with pytest.raises(CheckpointError, match="NaN or infinity"):
-        fill(damaged, plan())
+    for sampling in (GREEDY, SamplingConfig(seed=0)):
+        with pytest.raises(CheckpointError, match="NaN or infinity"):
+            fill(damaged, plan(), sampling)
 
 
 def test_a_missing_seed_is_drawn_once(model: PoetTransformer) -> None:

@@ -2,8 +2,10 @@
 
 import asyncio
 import base64
+import dataclasses
 import errno
 import json
+import re
 import socket
 import threading
 import time
@@ -23,7 +25,7 @@ from starlette.responses import Response
 from poet.bundle import Bundle
 from poet.errors import ConfigError, MediaError
 from poet.media import Clip, read_clip, write_clip
-from poet.model.lora import Adapter, read_adapters
+from poet.model.lora import Adapter, read_adapter
 from poet.testing import save_adapter, tiny_bundle
 from poet_serving.api import launch
 from poet_serving.api.guard import ApiKeys, Guard, Limits
@@ -550,7 +552,7 @@ def test_models_say_what_they_do(ada: openai.OpenAI) -> None:
 def adapters(bundle: Bundle, tmp_path_factory: pytest.TempPathFactory) -> tuple[Adapter, ...]:
     folder, config = tmp_path_factory.mktemp("adapters"), bundle.model_config
     paths = {name: save_adapter(config, folder / name, seed=seed) for seed, name in enumerate(("ink", "clay"))}
-    return read_adapters(paths, config, bundle.fingerprint)
+    return tuple(read_adapter(path, config, bundle.fingerprint) for path in paths.values())
 
 
 def test_adapters_are_models_beside_the_bundle(bundle: Bundle, adapters: tuple[Adapter, ...], tmp_path: Path) -> None:
@@ -589,13 +591,21 @@ def test_adapters_are_models_beside_the_bundle(bundle: Bundle, adapters: tuple[A
         with pytest.raises(openai.NotFoundError, match="tiny, ink, clay"):
             client.videos.create(prompt=PROMPT, model="chalk")
         running.hold.clear()
-        waiting = client.videos.create(prompt=PROMPT, model="clay")
-    with run_server(bundle, tmp_path / "data", adapters=adapters[:1]) as running:  # clay is gone
+        waiting = [client.videos.create(prompt=PROMPT, model=name) for name in ("clay", "ink")]
+    other = dataclasses.replace(adapters[0], sha256="0" * 64)
+    with run_server(bundle, tmp_path / "data", adapters=[other]) as running:  # clay is gone, ink is another
         client = openai.OpenAI(base_url=f"{running.url}/v1", api_key="x", max_retries=0)
-        ended = client.videos.poll(waiting.id)
-        assert ended.status == "failed"
-        assert ended.error is not None
-        assert "ink; got 'clay'" in ended.error.message
+        for video, words in zip(waiting, ("'clay' .* is not served", "'ink' .* is another one"), strict=True):
+            ended = client.videos.poll(video.id)
+            assert ended.status == "failed"
+            assert ended.error is not None
+            assert re.search(words, ended.error.message)
+        for ask in (
+            lambda: client.videos.remix(made["ink"].id, prompt="a blue star"),
+            lambda: client.post("/videos/extensions", cast_to=object, body={"video": {"id": made["clay"].id}}),
+        ):
+            with pytest.raises(openai.NotFoundError, match="that the video was asked of"):
+                ask()
 
 
 def test_a_restart_goes_on_with_what_was_accepted(bundle: Bundle, tmp_path: Path) -> None:

@@ -60,7 +60,7 @@ def create_application(
 
     @application.get("/v1/models", response_model=ModelList, responses=_errors(401, 429), tags=["models"])
     async def models(request: Request) -> ModelList:
-        """The bundle."""
+        """The bundle, and its LoRA adapters, any of which a request may name as its `model`."""
         return ModelList(data=list(videos.service_of(request).models()))
 
     @application.api_route(

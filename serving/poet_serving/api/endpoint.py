@@ -87,6 +87,7 @@ class PoetEndpoint:
             canvases=await _start_canvases(bundle, settings),
             upsampler=await _start_upsampler(bundle, settings),
         )
+        await engine.load_adapters()
         told_to_end = _note_shutdown(engine_client)
 
         def engine_gone() -> None:

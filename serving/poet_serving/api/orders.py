@@ -17,7 +17,8 @@ from poet.bundle import Bundle
 from poet.errors import CheckpointError
 from poet.generation.pipeline import ClipRequest
 from poet.media import Clip
-from poet_serving.schema import VideoBody, build_request
+from poet.model.lora import Adapter
+from poet_serving.schema import RequestError, VideoBody, build_request
 
 __all__ = ["REFERENCE", "Order", "pack_clip", "unpack_clip"]
 
@@ -34,6 +35,7 @@ class Order:
         task: its task's name.
         model: the bundle or adapter that it was asked of, by name.
         adapter: the LoRA adapter's name; None: the bundle's own weights.
+        adapter_sha256: of its files.
         remixed_from: id of the video that it was made from, or None.
         extend_by: seconds to go on for behind the given clip; None: as far as the model goes at once.
     """
@@ -42,6 +44,7 @@ class Order:
     task: str
     model: str
     adapter: str | None = None
+    adapter_sha256: str | None = None
     remixed_from: str | None = None
     extend_by: float | None = None
 
@@ -52,6 +55,7 @@ class Order:
             "task": self.task,
             "model": self.model,
             "adapter": self.adapter,
+            "adapter_sha256": self.adapter_sha256,
             "remixed_from": self.remixed_from,
             "extend_by": self.extend_by,
         }
@@ -64,6 +68,26 @@ class Order:
             RequestError: the body is of another version of the server.
         """
         return cls(**dict(values) | {"body": VideoBody.parse(values["body"])})
+
+    def check_adapter(self, adapters: Mapping[str, Adapter]) -> None:
+        """Raise unless there is the adapter that it was asked of.
+
+        Args:
+            adapters: of the server, by name.
+
+        Raises:
+            RequestError: there is none of its name, or another one.
+        """
+        if self.adapter is None:
+            return
+        found = adapters.get(self.adapter)
+        if found is None or found.sha256 != self.adapter_sha256:
+            known = "is not served any more" if found is None else "is another one by now"
+            raise RequestError(
+                f"the adapter {self.adapter!r} that the video was asked of {known}.",
+                code="model_not_found",
+                param="model",
+            )
 
     def to_request(self, bundle: Bundle, clip: Clip | None) -> ClipRequest:
         """What it means to the pipeline.

@@ -422,6 +422,7 @@ def _controls(service: Service) -> list[Any]:
     """The settings, in the order of the fields of `Asked`; what the bundle cannot do is not shown."""
     models, defaults = service.models(), service.bundle.generation_config
     model, parallel = models[0], defaults.parallel
+    scales = (defaults.guidance_scale, parallel.guidance_scale)
     kinds = [name for name, kind in KINDS.items() if model.tasks is None or kind.task in model.tasks]
     is_parallel, has_sizes = "parallel" in model.decodings, len(model.sizes) > 1
     with gr.Row():
@@ -432,7 +433,12 @@ def _controls(service: Service) -> list[Any]:
         samples = gr.Slider(1, MAX_SAMPLES, 1, step=1, label="Samples side by side", scale=2)
     with gr.Row():
         guidance = gr.Slider(
-            1, 8, defaults.guidance_scale, step=0.1, label="Guidance", info="How closely it keeps to the prompt"
+            min(1, *scales),
+            max(8, *scales),
+            scales[0],
+            step=0.1,
+            label="Guidance",
+            info="How closely it keeps to the prompt",
         )
         temperature = gr.Slider(
             0, 2, defaults.temperature, step=0.05, label="Temperature", info="How much is left to chance"
@@ -446,16 +452,16 @@ def _controls(service: Service) -> list[Any]:
             label="Decoding",
             visible=is_parallel,
         )
-        steps = gr.Slider(1, 64, parallel.num_steps, step=1, label="Steps", visible=False)
+        steps = gr.Slider(1, max(64, parallel.num_steps), parallel.num_steps, step=1, label="Steps", visible=False)
         size = gr.Radio(model.sizes, value=model.sizes[0], label="Size", visible=has_sizes)
         names = [one.id for one in models]
-        adapted = gr.Dropdown(names, value=names[0], label="Model", visible=len(names) > 1)
+        chosen_model = gr.Dropdown(names, value=names[0], label="Model", visible=len(names) > 1)
 
     def usual(chosen: str) -> tuple[Any, Any]:
-        """Either decoding has a guidance of its own; only one has steps."""
+        """Either decoding has a guidance of its own, which takes the place of what was set; only one has steps."""
         in_parallel = chosen == "parallel"
         scale = parallel.guidance_scale if in_parallel else defaults.guidance_scale
         return gr.update(visible=in_parallel), gr.update(value=scale)
 
     decoding.change(usual, decoding, [steps, guidance], api_visibility="private")
-    return [kind, samples, guidance, temperature, seed, decoding, steps, size, adapted]
+    return [kind, samples, guidance, temperature, seed, decoding, steps, size, chosen_model]

@@ -141,14 +141,20 @@ class Service:
             task, clip = read.task, read.clip
         if task is None:
             task = self.bundle.generation_config.task if body.prompt is not None else "unconditional"
-        asked = {"body": body.model_dump(mode="json"), "remixed_from": remixed_from, "extend_by": extend_by}
+        asked = {
+            "body": body.model_dump(mode="json", exclude_none=True),
+            "remixed_from": remixed_from,
+            "extend_by": extend_by,
+        }
         if body.seed is None:  # now: begun again after a kill, the job becomes the same clip
             body = body.model_copy(update={"seed": secrets.randbelow(2**31)})
+        adapter = None if body.model is None else self.pipeline.adapters.get(body.model)
         order = Order(
             body=body,
             task=task,
             model=body.model or self.name,
-            adapter=body.model if body.model in self.pipeline.adapters else None,
+            adapter=None if adapter is None else adapter.name,
+            adapter_sha256=None if adapter is None else adapter.sha256,
             remixed_from=remixed_from,
             extend_by=extend_by,
         )
@@ -217,6 +223,7 @@ class Service:
         VideoBody.parse({"prompt": prompt})  # is it one at all?
         job = await self._completed(owner, id)
         order = Order.from_dict(job.body)
+        self._adapter_of(job)
         previous = (job.result or {}).get("prompt") or ""
         edited = await asyncio.to_thread(edit_prompt, previous, prompt, self.phrases) if previous else prompt
         values = order.body.model_dump(mode="json", exclude_none=True) | {"prompt": edited, "task": order.task}
@@ -268,7 +275,7 @@ class Service:
         model = None
         if id is not None:
             clip = await self.finished_clip(owner, id)
-            model = Order.from_dict((await self._job(owner, id)).body).adapter  # it goes on as it began
+            model = self._adapter_of(await self._job(owner, id))  # it goes on as it began
         else:
             task = "video_continuation"
             clip = (await self.reader.read(upload or b"", task=task, has_text=prompt is not None)).clip
@@ -278,6 +285,12 @@ class Service:
         return await self.submit(
             owner, body, clip=clip, idempotency_key=idempotency_key, remixed_from=id, extend_by=seconds
         )
+
+    def _adapter_of(self, job: Job) -> str | None:
+        """Name of the adapter that a video was made with; raises if there is no longer that one."""
+        order = Order.from_dict(job.body)
+        order.check_adapter(self.pipeline.adapters)
+        return order.adapter
 
     def _is_trained(self, task: str) -> bool:
         trained = self.bundle.trained_tasks

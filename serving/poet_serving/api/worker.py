@@ -223,6 +223,7 @@ class Worker:
 
     async def _write(self, job: Job, order: Order) -> GeneratedClip:
         """Write what is asked for; an extension in as many pieces as its length needs."""
+        order.check_adapter(self._pipeline.adapters)
         clip = await asyncio.to_thread(self._read_reference, job.id)
         request = order.to_request(self._pipeline.bundle, clip)
         if order.extend_by is None or clip is None:
