@@ -295,7 +295,9 @@ class LanguageRun:
                 f"start_from {path} has the vocabulary {start.fingerprint[:12]}, the bundle {self.bundle.path} has "
                 f"{self.bundle.fingerprint[:12]}; their ids mean different things."
             )
-        if start.model_config != self.config:
+        # Neither is a size of any weight.
+        lengths = {name: getattr(self.config, name) for name in ("scene_length", "max_position_embeddings")}
+        if dataclasses.replace(start.model_config, **lengths) != self.config:
             raise ConfigError(
                 f"start_from {path} has the sizes {start.model_config}, the recipe asks for {self.config}."
             )

@@ -323,6 +323,8 @@ def test_a_run_can_start_from_a_bundles_weights(ground: Ground, tmp_path: Path) 
     for name, weight in second.model.named_parameters():
         assert torch.equal(weight, first.average.module.get_parameter(name)), name
     assert _same(second.model.state_dict(), second.average.module.state_dict())
+    longer = ground.training(start_from=tmp_path / "bundle", model=dataclasses.replace(SIZES, scene_length=384))
+    assert longer.config.scene_length == 384
     with pytest.raises(ConfigError, match=r"start_from .* has the sizes .*num_layers=2.* asks for .*num_layers=3"):
         ground.training(start_from=tmp_path / "bundle", model=dataclasses.replace(SIZES, num_layers=3))
     foreign = dataclasses.replace(ground, bundle=ground.foreign_bundle, shards=ground.foreign_shards)

@@ -87,6 +87,7 @@ class Order:
                 f"the adapter {self.adapter!r} that the video was asked of {known}.",
                 code="model_not_found",
                 param="model",
+                status=404,
             )
 
     def to_request(self, bundle: Bundle, clip: Clip | None) -> ClipRequest:
