@@ -2,9 +2,11 @@
 
 import asyncio
 import errno
+import json
 import logging
 import os
 import re
+import shutil
 import socket
 import sys
 import threading
@@ -22,7 +24,8 @@ from prometheus_client import CollectorRegistry
 
 from poet.bundle import Bundle
 from poet.media import Clip, read_clip, write_clip
-from poet.testing import tiny_bundle
+from poet.model.lora import read_adapter
+from poet.testing import save_adapter, tiny_bundle
 from poet_serving.api.application import create_application
 from poet_serving.api.guard import ApiKeys, Limits
 from poet_serving.api.metrics import Metrics
@@ -166,6 +169,28 @@ def test_a_message_is_answered_with_a_clip_that_can_be_played_in_parts(visitor: 
     part = visitor.http.get(source, headers={"range": "bytes=5-16"})
     assert (part.status_code, part.content) == (206, whole.content[5:17])
     assert error_of(visitor.http.get(source, headers={"range": "bytes=x"})) == (400, "invalid_range")
+
+
+def test_an_adapter_is_a_model_to_choose_and_settings_follow_the_bundle(bundle: Bundle, tmp_path: Path) -> None:
+    shutil.copytree(bundle.path, tmp_path / "tiny")
+    file = tmp_path / "tiny" / "generation_config.json"
+    parallel = {"num_steps": 80, "guidance_scale": 9.0}
+    file.write_text(json.dumps(json.loads(file.read_text()) | {"parallel": parallel}))
+    own = Bundle.open(tmp_path / "tiny")
+    adapter = read_adapter(save_adapter(own.model_config, tmp_path / "ink"), own.model_config, own.fingerprint)
+    with (
+        run_server(own, tmp_path / "data", limits=LIMITS, page=True, adapters=[adapter]) as running,
+        Visitor(running.url) as visitor,
+    ):
+        for name in ("ink", "tiny"):
+            # Settings that are not shown are sent as well, and must be within their bounds.
+            turn = visitor.say(PROMPT, seed="7", model=name, steps=80, guidance_scale=9.0)
+            video = visitor.http.get(f"/v1/videos/{turn['samples'][0]['id']}").json()
+            assert video["model"] == name
+            assert video["metadata"].get("adapter_sha256") == (adapter.sha256 if name == "ink" else None)
+        page = visitor.http.get("/config").json()
+        (choice,) = [part["props"] for part in page["components"] if part["props"].get("label") == "Model"]
+        assert ([value for _, value in choice["choices"]], choice["visible"]) == (["tiny", "ink"], True)
 
 
 def test_the_next_turn_changes_the_clip(visitor: Visitor) -> None:
