@@ -181,10 +181,11 @@ def test_every_cut_has_the_references_curve_and_weights(
 @pytest.mark.parametrize(
     "cut",
     [
-        "one process",
         "data 2",
-        "tensor 2 with sequence parallel",
-        pytest.param("pipeline 2, data 2, everything", marks=pytest.mark.slow),
+        *(
+            pytest.param(cut, marks=pytest.mark.slow)
+            for cut in ("one process", "tensor 2 with sequence parallel", "pipeline 2, data 2, everything")
+        ),
     ],
 )
 def test_films_are_learnt_alike(ground: Ground, tmp_path: Path, cut: str) -> None:
