@@ -7,6 +7,7 @@ tokenizers are imported only by the functions that build them.
 from __future__ import annotations
 
 import dataclasses
+import faulthandler
 import importlib.util
 import inspect
 import json
@@ -50,6 +51,9 @@ __all__ = [
     "tiny_upsampler",
     "tiny_vocabulary",
 ]
+
+_STUCK: Final = 200.0
+"""Seconds after which a process of `in_processes` writes down where it stands; a test is given 300."""
 
 RESOLUTIONS: Final = ((24, 40), (56, 88))
 """(height, width) in pixels; at a spatial stride of 8 that is (3, 5) and (7, 11) latent places."""
@@ -440,7 +444,17 @@ def in_processes(count: int, work: Callable[..., Any], *arguments: Any) -> list[
     with tempfile.TemporaryDirectory() as folder:
         file, name = inspect.getfile(work), work.__module__
         Path(folder, "work.pickle").write_bytes(pickle.dumps((work, arguments)))
-        start_processes(_in_process, (count, folder, name, file), nprocs=count, start_method="forkserver")
+        arguments_of_each = (count, folder, name, file)
+        context = start_processes(_in_process, arguments_of_each, nprocs=count, join=False, start_method="forkserver")
+        try:
+            while not context.join():
+                pass
+        except BaseException:  # also that pytest's patience is at its end
+            for process in context.processes:
+                process.kill()
+            for stack in sorted(Path(folder).glob("*.stack")):
+                sys.stderr.write(stack.read_text())
+            raise
         return [torch.load(Path(folder, f"{rank}.pt"), weights_only=False) for rank in range(count)]
 
 
@@ -449,6 +463,8 @@ def _in_process(rank: int, count: int, folder: str, name: str, file: str) -> Non
     from torch import distributed
 
     torch.set_num_threads(1)
+    stack = Path(folder, f"{rank}.stack").open("w")  # noqa: SIM115, open as long as the process lives
+    faulthandler.dump_traceback_later(_STUCK, file=stack)
     if name not in sys.modules:  # a test's file is no module that could be imported by its name
         spec = importlib.util.spec_from_file_location(name, file)
         assert spec is not None
@@ -458,5 +474,6 @@ def _in_process(rank: int, count: int, folder: str, name: str, file: str) -> Non
     work, arguments = pickle.loads(Path(folder, "work.pickle").read_bytes())
     distributed.init_process_group("gloo", init_method=f"file://{folder}/meeting", rank=rank, world_size=count)
     torch.save(work(*arguments), Path(folder, f"{rank}.pt"))
+    faulthandler.cancel_dump_traceback_later()
     distributed.barrier()
     distributed.destroy_process_group()
