@@ -472,6 +472,8 @@ def _in_process(rank: int, count: int, folder: str, name: str, file: str) -> Non
         sys.modules[name] = importlib.util.module_from_spec(spec)
         spec.loader.exec_module(sys.modules[name])
     work, arguments = pickle.loads(Path(folder, "work.pickle").read_bytes())
+    if "poet.training.megatron_checkpoints" in sys.modules:  # before there are threads, as in training
+        sys.modules["poet.training.megatron_checkpoints"].share_results_with_a_fork()
     distributed.init_process_group("gloo", init_method=f"file://{folder}/meeting", rank=rank, world_size=count)
     torch.save(work(*arguments), Path(folder, f"{rank}.pt"))
     faulthandler.cancel_dump_traceback_later()

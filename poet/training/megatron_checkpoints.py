@@ -159,6 +159,8 @@ class DistributedCheckpoints:
 def share_results_with_a_fork() -> SyncManager | None:
     """Give Megatron the queue through which its writers report, from a process that is forked and ends with this one.
 
+    To be called before this process has threads, of which those of process groups are some.
+
     Returns:
         That process's manager, or None if there is one already. `stop_sharing_results` ends it.
 

@@ -43,7 +43,7 @@ from poet.training.ahead import DrawnAhead
 from poet.training.heartbeats import Heartbeats
 from poet.training.language import LanguageRecipe, LanguageRun, check_trainable
 from poet.training.loop import FitResult, LoopConfig, Progress, fit, lerp_averages
-from poet.training.megatron_checkpoints import DistributedCheckpoints
+from poet.training.megatron_checkpoints import DistributedCheckpoints, share_results_with_a_fork
 from poet.training.megatron_cpu import cpu_for_cuda
 from poet.training.megatron_model import FLEX_BLOCK, PoetGPTModel, load_weights, to_transformer_config
 from poet.training.parallelism import Parallelism
@@ -69,6 +69,9 @@ def train_with_megatron(
         ConfigError: the recipe cannot be trained with so many processes.
         CheckpointError: as `poet.training.loop.fit`.
     """
+    # First of all: a process that is forked while gloo's threads or the heartbeats run may inherit a lock that nobody
+    # frees, and waits for ever.
+    share_results_with_a_fork()
     with process_groups(recipe.parallel, device):
         rank, world_size = distributed.get_rank(), distributed.get_world_size()
         heartbeats = Heartbeats(
