@@ -13,10 +13,11 @@ import torch
 from torch import Tensor
 
 from poet.errors import ShapeError
+from poet.generation.context import build_cache
 from poet.generation.sampling import SamplingConfig, build_generator, guide, penalise, sample
 from poet.grammar import Grammar, GrammarState, max_output_length
 from poet.model.attention import SceneLayout
-from poet.model.transformer import KeyValueCache, PoetTransformer
+from poet.model.transformer import PoetTransformer
 
 __all__ = ["write_outputs"]
 
@@ -32,6 +33,8 @@ def write_outputs(
     configs: Sequence[SamplingConfig],
     guides: Sequence[Sequence[int] | None] | None = None,
     progress: Callable[[int], None] | None = None,
+    contexts: Sequence[Sequence[int]] | None = None,
+    watch: Callable[[int, Sequence[int]], None] | None = None,
 ) -> list[list[int]]:
     """Write the output of each prefix, all rows in one batch.
 
@@ -45,12 +48,14 @@ def write_outputs(
         configs: how each output draws, and how far it is moved away from its guide.
         guides: of each output the prefix that guidance moves it away from, or None; None guides none.
         progress: called after every column with the number of ids written so far in all outputs.
+        contexts: of each output the ids of its film's earlier scenes, () where there is none; None: of no output.
+        watch: called after every column with each output that is not done: its number and its ids so far.
 
     Returns:
         The output ids of each prefix, complete in its grammar.
 
     Raises:
-        ShapeError: there is no prefix, an empty one, or not as many guides as prefixes.
+        ShapeError: there is no prefix, an empty one, or not as many guides or contexts as prefixes.
     """
     guides = [None] * len(prefixes) if guides is None else guides
     if len(guides) != len(prefixes):
@@ -63,15 +68,15 @@ def write_outputs(
     prefixes = [*prefixes, *steering]
     if not prefixes or not all(prefixes):
         raise ShapeError(f"there must be one prefix or more of one id or more, got {[len(ids) for ids in prefixes]}.")
-    device, dtype = model.model.norm.weight.device, model.model.norm.weight.dtype
+    device = model.model.norm.weight.device
     states = [GrammarState(grammar) for grammar in grammars]
     generators = [build_generator(config) for config in configs]
     outputs: list[list[int]] = [[] for _ in states]
     columns = _left_padded(prefixes)
     max_len = columns.shape[1] + max(map(max_output_length, grammars))
-    layout = _layout(prefixes, max_len, device)
-    positions = layout.positions()
-    cache = KeyValueCache(model.config, len(prefixes), max_len, device, dtype)
+    pasts = [()] * len(grammars) if contexts is None else list(contexts)
+    pasts += [pasts[row] for row in guided_rows]
+    cache, layout, positions = build_cache(model, pasts, _layout(prefixes, max_len))
     while not all(state.done for state in states):
         choosing = [row for row, state in enumerate(states) if not state.done and not _forced(state)]
         column = [FILLER if state.done else state.low for state in states]
@@ -96,10 +101,12 @@ def write_outputs(
             for row, id in zip(choosing, drawn.tolist(), strict=True):
                 column[row] = id
             columns = columns[:, :0]
-        for state, output, id in zip(states, outputs, column, strict=True):
+        for row, (state, output, id) in enumerate(zip(states, outputs, column, strict=True)):
             if not state.done:
                 state.advance(id)
                 output.append(id)
+                if watch is not None:
+                    watch(row, output)
         column += [column[row] for row in guide_rows]
         columns = torch.cat((columns, torch.tensor(column)[:, None]), 1)
         if progress is not None:
@@ -118,8 +125,8 @@ def _left_padded(prefixes: Sequence[Sequence[int]]) -> Tensor:
     return torch.tensor([[FILLER] * (longest - len(ids)) + list(ids) for ids in prefixes])
 
 
-def _layout(prefixes: Sequence[Sequence[int]], max_len: int, device: torch.device) -> SceneLayout:
+def _layout(prefixes: Sequence[Sequence[int]], max_len: int) -> SceneLayout:
     """The layout of prefixes and the outputs to come: each row's ids end at the right edge."""
     prefix_lengths = torch.tensor([len(ids) for ids in prefixes])
     lengths = prefix_lengths + max_len - int(prefix_lengths.max())
-    return SceneLayout.from_prefix_lengths(prefix_lengths, lengths, max_len, left_padded=True).to(device)
+    return SceneLayout.from_prefix_lengths(prefix_lengths, lengths, max_len, left_padded=True)

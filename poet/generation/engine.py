@@ -39,6 +39,7 @@ __all__ = [
     "GenerationRequest",
     "StreamingEngine",
     "TorchEngine",
+    "Watch",
     "check_request",
     "decodings_for",
     "load_engine",
@@ -46,6 +47,9 @@ __all__ = [
 
 ENTRY_POINT_GROUP = "poet.engines"
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16}
+
+Watch = Callable[[int, Sequence[int]], None]
+"""Is told the index of a request and its output ids so far."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -60,6 +64,8 @@ class GenerationRequest:
             what is not wanted. None: there is nothing to move away from, and no guidance.
         canvas: how to write many ids at once; None writes one after another. The prefix must be marked accordingly.
         adapter: name of one of the LoRA adapters that the engine was started with; None: the bundle's own weights.
+        context_ids: the earlier scenes of its film, each padded to exactly `scene_length` ids; the prefix's positions
+            go on behind them. () for a scene that stands alone.
     """
 
     prefix_ids: tuple[int, ...]
@@ -68,6 +74,7 @@ class GenerationRequest:
     guide_ids: tuple[int, ...] | None = None
     canvas: CanvasPlan | None = None
     adapter: str | None = None
+    context_ids: tuple[int, ...] = ()
 
     @property
     def guided(self) -> bool:
@@ -94,13 +101,17 @@ class Engine(Protocol):
         ...
 
     def stream(
-        self, requests: Iterable[GenerationRequest], progress: Callable[[int], None] | None = None
+        self,
+        requests: Iterable[GenerationRequest],
+        progress: Callable[[int], None] | None = None,
+        watch: Watch | None = None,
     ) -> Iterator[tuple[int, list[int]]]:
         """Write outputs while requests are still being taken from where they come, a few ahead of what is written.
 
         Args:
             requests: any number, taken when there is room for them.
             progress: called again and again with the ids written so far.
+            watch: called whenever an output that is written one id after another has grown.
 
         Yields:
             Index of a request and its output ids, complete in its grammar, in the order in which they are finished.
@@ -159,7 +170,10 @@ class StreamingEngine(abc.ABC):
 
     @abc.abstractmethod
     def stream(
-        self, requests: Iterable[GenerationRequest], progress: Callable[[int], None] | None = None
+        self,
+        requests: Iterable[GenerationRequest],
+        progress: Callable[[int], None] | None = None,
+        watch: Watch | None = None,
     ) -> Iterator[tuple[int, list[int]]]:
         """See `Engine.stream`."""
 
@@ -208,12 +222,22 @@ def check_request(
             raise ConfigError(f"request {index}: {error}") from error
         if not 0 <= (mask_id := request.canvas.mask_id) < config.vocab_size:
             raise ConfigError(f"request {index}: mask_id must be in [0, {config.vocab_size}), got {mask_id}.")
-    for prefix in _prefixes(request):
+    if len(request.context_ids) % config.scene_length:
+        raise ConfigError(
+            f"request {index}: the earlier scenes of a film must be padded to {config.scene_length} ids each, got "
+            f"{len(request.context_ids)} in all. Pad them with poet.sequence.pad_scene."
+        )
+    if (positions := len(request.context_ids) + config.scene_length) > config.max_position_embeddings:
+        raise ConfigError(
+            f"request {index}: a film must have at most {config.max_position_embeddings} positions, got {positions}. "
+            "Write fewer scenes."
+        )
+    for prefix in _given(request):
         if not prefix:
             raise ConfigError(f"request {index}: the prefix must have at least one id, got none.")
         if min(prefix) < 0 or max(prefix) >= config.vocab_size:
             raise ConfigError(
-                f"request {index}: prefix ids must be in [0, {config.vocab_size}), got {min(prefix)} to {max(prefix)}. "
+                f"request {index}: given ids must be in [0, {config.vocab_size}), got {min(prefix)} to {max(prefix)}. "
                 "Pack the prefix with the bundle's own vocabulary."
             )
     for segment in request.grammar:
@@ -233,6 +257,11 @@ def check_request(
 def _prefixes(request: GenerationRequest) -> list[tuple[int, ...]]:
     """What the model is asked with: one prefix, or two under guidance."""
     return [request.prefix_ids] if request.guide_ids is None else [request.prefix_ids, request.guide_ids]
+
+
+def _given(request: GenerationRequest) -> list[tuple[int, ...]]:
+    """All ids that the model is given."""
+    return [*_prefixes(request), *([request.context_ids] if request.context_ids else [])]
 
 
 class TorchEngine(StreamingEngine):
@@ -280,7 +309,10 @@ class TorchEngine(StreamingEngine):
         check_request(request, self._model.config, adapters=self._adapters, index=index)
 
     def stream(
-        self, requests: Iterable[GenerationRequest], progress: Callable[[int], None] | None = None
+        self,
+        requests: Iterable[GenerationRequest],
+        progress: Callable[[int], None] | None = None,
+        watch: Watch | None = None,
     ) -> Iterator[tuple[int, list[int]]]:
         """Write outputs while requests are still being taken from where they come; see `Engine.stream`.
 
@@ -295,12 +327,15 @@ class TorchEngine(StreamingEngine):
             for batch in self._batches(window):
                 chosen = [request for _, request in batch]
                 advance = None if progress is None else functools.partial(_count_from, before, progress)
-                written = self._write(chosen, advance)
+                indices = [index for index, _ in batch]
+                written = self._write(
+                    chosen, advance, None if watch is None else functools.partial(_as, indices, watch)
+                )
                 # A text that ended early counts as written in full.
                 before += sum(max_output_length(request.grammar) for request in chosen)
                 if progress is not None:
                     progress(before)
-                yield from zip((index for index, _ in batch), written, strict=True)
+                yield from zip(indices, written, strict=True)
 
     def _batches(self, window: list[tuple[int, GenerationRequest]]) -> Iterator[list[tuple[int, GenerationRequest]]]:
         """Requests of one way to write, of one adapter and of like length together."""
@@ -311,16 +346,19 @@ class TorchEngine(StreamingEngine):
             for start in range(0, len(group), self._max_batch_size):
                 yield group[start : start + self._max_batch_size]
 
-    def _write(self, requests: Sequence[GenerationRequest], progress: Callable[[int], None] | None) -> list[list[int]]:
+    def _write(
+        self, requests: Sequence[GenerationRequest], progress: Callable[[int], None] | None, watch: Watch | None
+    ) -> list[list[int]]:
         """The outputs of one batch, all of them written in the same way."""
         model = self._model_with(requests[0].adapter)
         prefixes = [request.prefix_ids for request in requests]
         guides = [request.guide_ids if request.guided else None for request in requests]
+        contexts = [request.context_ids for request in requests]
         if requests[0].canvas is not None:
             canvases = [Canvas(one.grammar, one.canvas, one.sampling) for one in requests if one.canvas is not None]
-            return fill_canvases(model, prefixes, canvases, guides, progress)
+            return fill_canvases(model, prefixes, canvases, guides, progress, contexts)
         grammars, configs = [one.grammar for one in requests], [one.sampling for one in requests]
-        return write_outputs(model, prefixes, grammars, configs, guides, progress)
+        return write_outputs(model, prefixes, grammars, configs, guides, progress, contexts, watch)
 
     def _model_with(self, name: str | None) -> PoetTransformer:
         if name is None:
@@ -409,6 +447,10 @@ def _not_installed(name: str, error: ModuleNotFoundError) -> ConfigError:
         f"the engine {name!r} needs the package {error.name!r}, which is not installed. For vllm, install "
         "Poet with its extra 'serve' (pip install 'openpoet[serve]'); or take 'torch', which is always there."
     )
+
+
+def _as(indices: Sequence[int], watch: Watch, row: int, ids: Sequence[int]) -> None:
+    watch(indices[row], ids)
 
 
 def _count_from(before: int, progress: Callable[[int], None], written: int) -> None:

@@ -30,6 +30,7 @@ from torch import Tensor
 from torch.nn import functional
 
 from poet.errors import CheckpointError, ConfigError
+from poet.generation.context import build_cache
 from poet.generation.sampling import SamplingConfig, fold_seed, guide, keep_likeliest
 from poet.grammar import Grammar, place_ranges
 from poet.model.attention import SceneLayout
@@ -362,6 +363,7 @@ def fill_canvases(
     canvases: Sequence[Canvas],
     guides: Sequence[Sequence[int] | None] | None = None,
     progress: Callable[[int], None] | None = None,
+    contexts: Sequence[Sequence[int]] | None = None,
 ) -> list[list[int]]:
     """Fill all canvases, all in one batch; those that are done leave it.
 
@@ -371,16 +373,19 @@ def fill_canvases(
         canvases: of these prefixes' outputs, as they are; filled in place.
         guides: of each output the prefix that guidance moves it away from, or None; None guides none.
         progress: called after every step with the number of known ids in all outputs.
+        contexts: of each output the ids of its film's earlier scenes, () where there is none; None: of no output.
 
     Returns:
         The output ids of each prefix, complete in its grammar.
     """
     guides = [None] * len(prefixes) if guides is None else guides
+    pasts = [()] * len(prefixes) if contexts is None else contexts
     while waiting := [row for row, canvas in enumerate(canvases) if not canvas.done]:
         rows = [(prefixes[row], canvases[row]) for row in waiting]
         guided = [row for row in waiting if guides[row] is not None and canvases[row].takes_guidance]
         rows += [(ids, canvases[row]) for row in guided if (ids := guides[row]) is not None]
-        hidden = _hidden(model, [[*prefix, *canvas.shown()] for prefix, canvas in rows])
+        before = [pasts[row] for row in (*waiting, *guided)]
+        hidden = _hidden(model, [[*prefix, *canvas.shown()] for prefix, canvas in rows], before)
         for place, row in enumerate(waiting):
             canvas = canvases[row]
             asked = canvas.asked()
@@ -395,7 +400,7 @@ def fill_canvases(
     return [canvas.ids.tolist() for canvas in canvases]
 
 
-def _hidden(model: PoetTransformer, rows: Sequence[Sequence[int]]) -> Tensor:
+def _hidden(model: PoetTransformer, rows: Sequence[Sequence[int]], contexts: Sequence[Sequence[int]]) -> Tensor:
     """(B, longest, C) hidden states of whole scenes, each of which sees all of itself."""
     device = model.model.norm.weight.device
     lengths = torch.tensor([len(row) for row in rows])
@@ -404,8 +409,12 @@ def _hidden(model: PoetTransformer, rows: Sequence[Sequence[int]]) -> Tensor:
     layout = SceneLayout.from_prefix_lengths(
         torch.zeros_like(lengths), lengths, longest, parallel=torch.ones(len(rows), dtype=torch.bool)
     )
-    hidden: Tensor = model(ids.to(device), layout.to(device))
-    return hidden
+    if not any(contexts):
+        hidden: Tensor = model(ids.to(device), layout.to(device))
+        return hidden
+    cache, layout, positions = build_cache(model, contexts, layout)
+    behind: Tensor = model(ids.to(device), layout, positions[:, cache.context :], cache)
+    return behind
 
 
 def _logits_before(model: PoetTransformer, hidden: Tensor, places: NDArray[np.int64]) -> Logits:

@@ -215,11 +215,42 @@ class SceneLayout:
         return create_block_mask(rule, rows, None, length, length, device=device, BLOCK_SIZE=block_size)
 
     def masks(
-        self, dtype: torch.dtype, start: int = 0, stop: int | None = None
+        self, dtype: torch.dtype, start: int = 0, stop: int | None = None, *, context: int = 0
     ) -> tuple["AttentionMask", "AttentionMask"]:
-        """Make the two masks of a forward pass: that of layer 0 and that of all other layers (one, without films)."""
+        """Make the two masks of a forward pass: that of layer 0 and that of all other layers (one, without films).
+
+        Args:
+            dtype: of the queries and keys to come.
+            start: first query.
+            stop: one past the last; None takes all.
+            context: keys at the beginning that only layer 0 has.
+        """
         first = visible(self.dense_mask(0, start, stop), dtype)
-        return first, visible(self.dense_mask(1, start, stop), dtype) if self.films else first
+        if not self.films and not context:
+            return first, first
+        return first, visible(self.dense_mask(1, start, stop)[:, :, context:], dtype)
+
+    def after(self, context_lengths: Tensor, max_context: int) -> "SceneLayout":
+        """The layout of the same scenes, one a row, behind the earlier scenes of their films.
+
+        Args:
+            context_lengths: (B,) int64 in [0, max_context]; ids of the earlier scenes, which stand at the right of the
+                context.
+            max_context: places of the context.
+
+        Returns:
+            The layout of max_context + L places. The earlier scenes count as one: nobody asks for them again.
+        """
+        place = torch.arange(max_context, device=self.document.device)
+        inside = place >= max_context - context_lengths.to(place.device)[:, None]
+        no = torch.zeros_like(inside)
+        return SceneLayout(
+            torch.cat((torch.where(inside, 0, PADDING), self.document), 1),
+            torch.cat((torch.full_like(inside, -1, dtype=torch.int64), self.scene), 1),
+            torch.cat((no, self.prefix), 1),
+            torch.cat((no, self.parallel), 1),
+            films=True,
+        )
 
 
 class MaskTile(NamedTuple):

@@ -54,12 +54,17 @@ class LayerCache:
 class KeyValueCache:
     """The caches of all layers, in room taken at the start.
 
+    Layer 0 alone looks at a film's earlier scenes (`poet.model.attention`), so it alone has room for them, the
+    *context*.
+
     Args:
         config: of the model.
         rows: B.
-        max_len: places that there is room for.
+        max_len: places that there is room for, the context's among them.
         device: of the model.
         dtype: of its keys and values.
+        context: the first places of a row, which belong to earlier scenes; they come in by
+            `PoetTransformer.remember`, and only layer 0 holds them.
     """
 
     def __init__(
@@ -69,10 +74,15 @@ class KeyValueCache:
         max_len: int,
         device: torch.device | str = "cpu",
         dtype: torch.dtype = torch.float32,
+        context: int = 0,
     ) -> None:
-        self.max_len = max_len
-        room = torch.zeros(rows, config.num_kv_heads, max_len, config.head_dim, device=device, dtype=dtype)
-        self.layers = tuple(LayerCache(room.clone(), room.clone()) for _ in range(config.num_layers))
+        self.max_len, self.context = max_len, context
+
+        def room(length: int) -> Tensor:
+            return torch.zeros(rows, config.num_kv_heads, length, config.head_dim, device=device, dtype=dtype)
+
+        lengths = [max_len, *[max_len - context] * (config.num_layers - 1)]
+        self.layers = tuple(LayerCache(room(length), room(length)) for length in lengths)
 
     @property
     def length(self) -> int:
@@ -138,17 +148,21 @@ class Attention(nn.Module):
     def forward(
         self, x: Tensor, angles: tuple[Tensor, Tensor], mask: AttentionMask, cache: LayerCache | None
     ) -> Tensor:
-        per_head = (*x.shape[:2], -1, self.head_dim)
-        query = self.q_norm(self.q_proj(x).view(per_head)).transpose(1, 2)
-        key = self.k_norm(self.k_proj(x).view(per_head)).transpose(1, 2)
-        value = self.v_proj(x).view(per_head).transpose(1, 2)
+        key, value = self.keys_and_values(x, angles)
+        query = self.q_norm(self.q_proj(x).view(*x.shape[:2], -1, self.head_dim)).transpose(1, 2)
         # Under autocast the norms widen queries and keys; attention runs in the dtype of the projections.
         query = rotate(query, angles).to(value.dtype)
-        key = rotate(key, angles).to(value.dtype)
         if cache is not None:
             key, value = cache.extend(key, value)
         mixed: Tensor = self.o_proj(attend(query, key, value, mask).transpose(1, 2).flatten(2))
         return mixed
+
+    def keys_and_values(self, x: Tensor, angles: tuple[Tensor, Tensor]) -> tuple[Tensor, Tensor]:
+        """What later places look at: (B, L, C) to two (B, G, L, D) of one dtype."""
+        per_head = (*x.shape[:2], -1, self.head_dim)
+        key = self.k_norm(self.k_proj(x).view(per_head)).transpose(1, 2)
+        value = self.v_proj(x).view(per_head).transpose(1, 2)
+        return rotate(key, angles).to(value.dtype), value
 
 
 class FeedForward(nn.Module):
@@ -214,11 +228,23 @@ class Backbone(nn.Module):
             positions = layout.positions()[:, start:stop]
         angles = rotary_angles(positions, self.config.head_dim, self.config.rope_theta)
         x = self.embed_tokens(ids)
-        across, within = layout.masks(attention_dtype(x), start, stop)
+        across, within = layout.masks(attention_dtype(x), start, stop, context=0 if cache is None else cache.context)
         for layer, block in enumerate(self.layers):
             x = block(x, angles, across if layer == 0 else within, None if cache is None else cache.layers[layer])
         hidden: Tensor = self.norm(x)
         return hidden
+
+    def remember(self, ids: Tensor, positions: Tensor, cache: KeyValueCache) -> None:
+        """See `PoetTransformer.remember`."""
+        if ids.dim() != 2 or ids.shape != positions.shape or ids.shape[1] != cache.context or cache.length:
+            raise ShapeError(
+                f"ids and positions must be (B, {cache.context}), the context of an empty cache, got "
+                f"{tuple(ids.shape)} and {tuple(positions.shape)} after {cache.length} places."
+            )
+        first: Layer = self.layers[0]  # type: ignore[assignment]
+        angles = rotary_angles(positions, self.config.head_dim, self.config.rope_theta)
+        x = first.input_layernorm(self.embed_tokens(ids))
+        cache.layers[0].extend(*first.self_attn.keys_and_values(x, angles))
 
 
 class PoetTransformer(nn.Module):
@@ -250,6 +276,24 @@ class PoetTransformer(nn.Module):
         """
         hidden: Tensor = self.model(ids, layout, positions, cache)
         return hidden
+
+    def remember(self, ids: Tensor, positions: Tensor, cache: KeyValueCache) -> None:
+        """Take earlier scenes into a cache: keys and values of layer 0, which come from embeddings alone.
+
+        No other layer sees earlier scenes, so this is all that a film's past costs when a new scene is written.
+
+        Args:
+            ids: (B, context) int64; rows with less of a past are filled up anyhow, and the layout hides what is not
+                theirs.
+            positions: (B, context) int64 rotary positions.
+            cache: a new one.
+
+        Raises:
+            ShapeError: the ids do not fit the cache's context, or it is not new.
+
+        Source: Perceiver AR, arXiv:2202.07765, whose context this is; SPEC, section 5.
+        """
+        self.model.remember(ids, positions, cache)
 
     def logits(self, hidden: Tensor, ids: slice = ALL_IDS) -> Tensor:
         """Score the vocabulary, or a run of its ids; (..., C) to (..., V). Hand in only the places that are needed."""

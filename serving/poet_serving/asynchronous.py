@@ -12,6 +12,7 @@ import asyncio
 import contextlib
 import copy
 import dataclasses
+import functools
 import itertools
 import queue
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
@@ -21,7 +22,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from poet.errors import ConfigError, PoetError
-from poet.generation.engine import GenerationRequest, StreamingEngine
+from poet.generation.engine import GenerationRequest, StreamingEngine, Watch
 from poet.generation.maskgit import Canvas
 from poet.generation.upsample import UpsamplingCanvas, UpsamplingRequest, check_upsampling
 from poet.model.superresolution import UpsamplerConfig
@@ -108,12 +109,18 @@ class AsyncEngine(StreamingEngine):
         started = request.canvas is None or self._canvases is not None
         check_servable(request, self._settings, started=started, index=index)
 
-    async def write(self, request: GenerationRequest, progress: Callable[[int], None] | None = None) -> list[int]:
+    async def write(
+        self,
+        request: GenerationRequest,
+        progress: Callable[[int], None] | None = None,
+        watch: Callable[[Sequence[int]], None] | None = None,
+    ) -> list[int]:
         """Write one output.
 
         Args:
             request: a checked one.
-            progress: called again and again with the ids written so far.
+            progress: called again and again with how many ids are written so far.
+            watch: called with the ids so far of an output that is written one id after another.
 
         Returns:
             Its output ids, complete in its grammar.
@@ -132,7 +139,8 @@ class AsyncEngine(StreamingEngine):
                 own = copy.copy(parameters)
                 own.extra_args = parameters.extra_args | half
                 adapter = self._adapters[request.adapter]
-                writing = self._write_half(name + suffix, prefix, own, tell if place == 0 else None, adapter)
+                grown = functools.partial(_tell, tell, watch) if place == 0 else None
+                writing = self._write_half(name + suffix, prefix, own, grown, adapter)
                 tasks.append(group.create_task(writing))
         outputs = [task.result() for task in tasks]
         if any(output != outputs[0] for output in outputs):
@@ -140,7 +148,12 @@ class AsyncEngine(StreamingEngine):
         return outputs[0]
 
     async def _write_half(
-        self, name: str, prefix: Sequence[int], parameters: Any, tell: Callable[[int], None] | None, adapter: Any
+        self,
+        name: str,
+        prefix: Sequence[int],
+        parameters: Any,
+        grown: Callable[[Sequence[int]], None] | None,
+        adapter: Any,
     ) -> list[int]:
         ids: list[int] = []
         prompt = {"prompt_token_ids": list(prefix)}
@@ -149,8 +162,8 @@ class AsyncEngine(StreamingEngine):
                 if change.outputs[0].finish_reason == "abort":  # not by us: we would not be waiting
                     raise EngineGoneError("vLLM gave the request up.")
                 ids += change.outputs[0].token_ids
-                if tell is not None:
-                    tell(len(ids))
+                if grown is not None:
+                    grown(ids)
         return ids
 
     async def _fill(self, request: GenerationRequest, tell: Callable[[int], None]) -> list[int]:
@@ -222,9 +235,12 @@ class AsyncEngine(StreamingEngine):
         return asyncio.run_coroutine_threadsafe(enlarge_all(), self._loop).result()
 
     def stream(
-        self, requests: Iterable[GenerationRequest], progress: Callable[[int], None] | None = None
+        self,
+        requests: Iterable[GenerationRequest],
+        progress: Callable[[int], None] | None = None,
+        watch: Watch | None = None,
     ) -> Iterator[tuple[int, list[int]]]:
-        """See `Engine.stream`; from another thread than the loop's."""
+        """See `Engine.stream`; from another thread than the loop's, in which `watch` is called."""
         written: queue.SimpleQueue[tuple[int, asyncio.Future[list[int]] | Any]] = queue.SimpleQueue()
         open_requests: dict[int, Any] = {}
         known: dict[int, int] = {}
@@ -239,7 +255,11 @@ class AsyncEngine(StreamingEngine):
                         break
                     self.check(request, index=index)
                     future = asyncio.run_coroutine_threadsafe(
-                        self.write(request, lambda count, index=index: known.update({index: count})),  # type: ignore[misc]
+                        self.write(
+                            request,
+                            lambda count, index=index: known.update({index: count}),  # type: ignore[misc]
+                            None if watch is None else functools.partial(watch, index),
+                        ),
                         self._loop,
                     )
                     open_requests[index] = future
@@ -259,6 +279,12 @@ class AsyncEngine(StreamingEngine):
 
     def close(self) -> None:
         """Nothing to release: whoever started vLLM's engines ends them."""
+
+
+def _tell(tell: Callable[[int], None], watch: Callable[[Sequence[int]], None] | None, ids: Sequence[int]) -> None:
+    tell(len(ids))
+    if watch is not None:
+        watch(ids)
 
 
 async def _pool(

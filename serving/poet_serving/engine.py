@@ -29,7 +29,7 @@ from safetensors import SafetensorError
 
 from poet.bundle import Bundle
 from poet.errors import CheckpointError, ConfigError, PoetError
-from poet.generation.engine import GenerationRequest, StreamingEngine, check_request
+from poet.generation.engine import GenerationRequest, StreamingEngine, Watch, check_request
 from poet.generation.upsample import UpsamplingRequest, check_upsampling
 from poet.model.lora import Adapter
 from poet_serving.adapters import all_requests, check_unchanged
@@ -132,13 +132,16 @@ class VLLMEngine(StreamingEngine):
             check_unchanged(adapter)
 
     def stream(
-        self, requests: Iterable[GenerationRequest], progress: Callable[[int], None] | None = None
+        self,
+        requests: Iterable[GenerationRequest],
+        progress: Callable[[int], None] | None = None,
+        watch: Watch | None = None,
     ) -> Iterator[tuple[int, list[int]]]:
         """Write outputs while requests are still being taken from where they come; see `Engine.stream`.
 
         Twice as many requests are taken as fit a step: the next ones are at hand when the first are done.
         """
-        writers, settings = self._writers(), self._settings
+        writers, settings = self._writers(watch), self._settings
         if self._is_writing:
             raise ConfigError("the engine must write one stream at a time. End the other one, or close it, first.")
         source = enumerate(requests)
@@ -168,7 +171,7 @@ class VLLMEngine(StreamingEngine):
             for writer in writers.values():  # Ctrl-C, progress() raised, or nobody wants the rest
                 writer.abort()
 
-    def _writers(self) -> dict[str, Writer]:
+    def _writers(self, watch: Watch | None) -> dict[str, Writer]:
         """What writes, by decoding."""
         self._check_open()
         from poet_serving.maskgit import CanvasFiller
@@ -176,7 +179,7 @@ class VLLMEngine(StreamingEngine):
 
         writers: dict[str, Writer] = {}
         if self._vllm is not None:
-            writers["autoregressive"] = OutputWriter(self._vllm, self._settings.adapters)
+            writers["autoregressive"] = OutputWriter(self._vllm, self._settings.adapters, watch)
         if self._canvases is not None:
             writers["parallel"] = CanvasFiller(self._canvases, self._settings.max_num_seqs, self._settings.adapters)
         return writers

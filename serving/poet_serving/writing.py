@@ -15,7 +15,7 @@ from vllm import SamplingParams
 from vllm.sampling_params import RequestOutputKind
 
 from poet.errors import PoetError
-from poet.generation.engine import GenerationRequest
+from poet.generation.engine import GenerationRequest, Watch
 from poet.generation.sampling import fold_seed
 from poet.grammar import max_output_length
 from poet.model.lora import Adapter
@@ -51,10 +51,11 @@ class OutputWriter:
     Args:
         vllm: an `LLMEngine` with Poet's causal model.
         adapters: that it was started with.
+        watch: called after every step with each output that has grown.
     """
 
-    def __init__(self, vllm: Any, adapters: Sequence[Adapter] = ()) -> None:
-        self._vllm, self._adapters = vllm, adapter_requests(adapters)
+    def __init__(self, vllm: Any, adapters: Sequence[Adapter] = (), watch: Watch | None = None) -> None:
+        self._vllm, self._adapters, self._watch = vllm, adapter_requests(adapters), watch
         self.num_open = self.num_known = 0
         self._indices: dict[str, int] = {}
         self._outputs: dict[str, list[int]] = {}
@@ -94,6 +95,8 @@ class OutputWriter:
             if half == name:
                 left = self._longest[name] - len(self._outputs[name]) if change.finished else 0
                 self.num_known += len(new) + left
+                if self._watch is not None and new:
+                    self._watch(self._indices[name], self._outputs[name])
             if change.finished:
                 del self._started[half]
                 self._unfinished[name].remove(half)

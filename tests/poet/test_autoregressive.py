@@ -205,8 +205,8 @@ def test_no_requests_give_no_outputs(engine: TorchEngine) -> None:
     ("prefix", "grammar", "message"),
     [
         ((), (Segment(1, 2, 3),), "at least one id"),
-        ((1, 384), (Segment(1, 2, 3),), r"prefix ids must be in \[0, 384\)"),
-        ((1, -1), (Segment(1, 2, 3),), "prefix ids must be"),
+        ((1, 384), (Segment(1, 2, 3),), r"given ids must be in \[0, 384\)"),
+        ((1, -1), (Segment(1, 2, 3),), "given ids must be"),
         ((1,), (Segment(1, 256, 385),), "grammar's ids must be"),
         ((1,), (Segment(1, 2, 3, stop=384),), "grammar's ids must be"),
         ((1,) * 200, (Segment(57, 2, 5),), "at most 256 ids together, got 200 \\+ 57"),
@@ -251,7 +251,7 @@ def test_outputs_come_as_they_are_finished_while_requests_are_still_being_taken(
         assert written == sorted(written)
         assert written[-1] == sum(3 + number % 4 for number in range(21))
         bad = dataclasses.replace(asked[0], prefix_ids=(10_000,))
-        with pytest.raises(ConfigError, match="request 1: prefix ids"):
+        with pytest.raises(ConfigError, match="request 1: given ids"):
             list(engine.stream([asked[0], bad]))
 
 

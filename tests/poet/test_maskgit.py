@@ -245,7 +245,9 @@ def test_guidance_in_some_steps_asks_for_the_guide_in_these_alone(
 ) -> None:
     rows: list[int] = []
     hidden = maskgit._hidden
-    monkeypatch.setattr(maskgit, "_hidden", lambda model, asked: rows.append(len(asked)) or hidden(model, asked))
+    monkeypatch.setattr(
+        maskgit, "_hidden", lambda model, asked, contexts: rows.append(len(asked)) or hidden(model, asked, contexts)
+    )
 
     def written(**shares: float) -> list[int]:
         canvas = Canvas(GRAMMAR, plan(8, **shares), SamplingConfig(seed=4, guidance_scale=3.0))

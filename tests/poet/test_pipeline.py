@@ -12,7 +12,7 @@ from numpy.typing import NDArray
 from poet.bundle import Bundle
 from poet.errors import ConfigError
 from poet.generation.canvas import ParallelDecoding
-from poet.generation.engine import GenerationRequest, StreamingEngine
+from poet.generation.engine import GenerationRequest, StreamingEngine, Watch
 from poet.generation.pipeline import ClipRequest, Pipeline, PreparedClip
 from poet.generation.sampling import SamplingConfig
 from poet.generation.upsample import Upsampling, UpsamplingRequest
@@ -34,7 +34,10 @@ class DiceEngine(StreamingEngine):
         """It can take any."""
 
     def stream(
-        self, requests: Iterable[GenerationRequest], progress: Callable[[int], None] | None = None
+        self,
+        requests: Iterable[GenerationRequest],
+        progress: Callable[[int], None] | None = None,
+        watch: Watch | None = None,
     ) -> Iterator[tuple[int, list[int]]]:
         for index, request in enumerate(requests):
             self.requests.append(request)
@@ -43,6 +46,8 @@ class DiceEngine(StreamingEngine):
             while not state.done:
                 ids.append(int(rng.integers(state.low, state.high)))
                 state.advance(ids[-1])
+                if watch is not None:
+                    watch(index, ids)
             yield index, ids
 
     def upsample(

@@ -197,7 +197,7 @@ def test_a_guide_that_cannot_be_served_is_refused(engine: VLLMEngine) -> None:
     request = request_of(1)
     for guide, message in (
         ((), "at least one id"),
-        ((1, CONFIG.vocab_size), "prefix ids must be in"),
+        ((1, CONFIG.vocab_size), "given ids must be in"),
         (CONFIG.scene_length * (7,), "ids together"),
     ):
         with pytest.raises(ConfigError, match=message):
