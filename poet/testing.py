@@ -24,15 +24,18 @@ import numpy as np
 from poet.bundle import Bundle, GenerationDefaults
 from poet.bundle_writing import create_tokenizer_bundle, export_bundle
 from poet.model.config import PoetConfig
-from poet.sequence import Scene
+from poet.sequence import Scene, output_grammar, pack, pack_prefix, pad_scene
 from poet.tasks import ClipGeometry, ClipParts, Task, get_task
 from poet.vocabulary import Vocabulary
 from poet_tokenizers.base import AudioSpec, TextSpec, VideoSpec
 
 if TYPE_CHECKING:
+    from poet.generation.engine import GenerationRequest
+    from poet.generation.sampling import SamplingConfig
     from poet.model.transformer import PoetTransformer
 
 __all__ = [
+    "film_request",
     "in_processes",
     "random_parts",
     "random_scene",
@@ -209,6 +212,64 @@ def tiny_config(vocabulary: Vocabulary, **changes: Any) -> PoetConfig:
         max_position_embeddings=1024,
     )
     return dataclasses.replace(config, **changes)
+
+
+def film_request(
+    vocabulary: Vocabulary,
+    config: PoetConfig,
+    seed: int,
+    num_earlier: int,
+    *,
+    guided: bool = False,
+    parallel: bool = False,
+    sampling: SamplingConfig | None = None,
+    num_text_pieces: int | None = None,
+) -> GenerationRequest:
+    """A scene of two latent frames with sound, behind so many earlier ones of its film; greedy if nothing is said.
+
+    Args:
+        vocabulary: a small one.
+        config: of the model.
+        seed: of everything in it.
+        num_earlier: scenes before it.
+        guided: whether with guidance, of scale 2.
+        parallel: whether to be written many ids at once.
+        sampling: how ids are drawn.
+        num_text_pieces: of its text; None: 3 to 10, as the seed says.
+    """
+    from poet.generation.canvas import ParallelDecoding, plan_canvas
+    from poet.generation.engine import GenerationRequest
+    from poet.generation.sampling import SamplingConfig
+
+    task, geometry = get_task("text_to_video_audio"), tiny_geometry(vocabulary, num_latent_frames=2)
+    rng = np.random.default_rng(seed)
+    earlier = [
+        random_scene(task.name, vocabulary, rng, geometry=geometry, num_text_pieces=2 + number)
+        for number in range(num_earlier)
+    ]
+    padded = [pad_scene(pack(scene, vocabulary), config.scene_length, vocabulary).ids for scene in earlier]
+    scene = random_scene(
+        task.name,
+        vocabulary,
+        rng,
+        geometry=geometry,
+        num_text_pieces=num_text_pieces or 3 + seed % 8,
+        parallel=parallel,
+    )
+    shapes: dict[str, Any] = {
+        "video_latent_shape": geometry.latent_shape,
+        "num_audio_latents": geometry.num_audio_latents(geometry.num_frames),
+    }
+    decoding = ParallelDecoding(num_steps=2 + seed % 8)
+    chosen = SamplingConfig(temperature=0) if sampling is None else sampling
+    return GenerationRequest(
+        prefix_ids=tuple(pack_prefix(scene, vocabulary).tolist()),
+        guide_ids=tuple(pack_prefix(scene, vocabulary, drop_text=True).tolist()) if guided else None,
+        grammar=output_grammar(task, vocabulary, **shapes),
+        sampling=dataclasses.replace(chosen, guidance_scale=2.0 if guided else 1.0),
+        canvas=plan_canvas(decoding, task, vocabulary, **shapes) if parallel else None,
+        context_ids=tuple(id for ids in padded for id in ids.tolist()),
+    )
 
 
 def sharp_model(config: PoetConfig, *, seed: int = 0, gains: bool = False) -> PoetTransformer:

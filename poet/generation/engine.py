@@ -274,6 +274,7 @@ class TorchEngine(StreamingEngine):
         max_batch_size: requests that are written at once, guided ones counted once; those of like length go together.
         decodings: taken for the sake of other engines; this one writes in every way that there is.
         adapters: of the bundle's model; each that is used becomes a copy of the weights with the adapter merged.
+        num_scenes: taken for the sake of other engines; this one writes films of any length that the model has.
 
     Raises:
         CheckpointError: the directory holds no sound model.
@@ -291,7 +292,9 @@ class TorchEngine(StreamingEngine):
         max_batch_size: int = 16,
         decodings: Sequence[str] = ("autoregressive", "parallel", "upsampling"),
         adapters: Sequence[Adapter] = (),
+        num_scenes: int = 1,
     ) -> None:
+        del decodings, num_scenes
         if dtype not in DTYPES:
             raise ConfigError(f"dtype must be one of {', '.join(DTYPES)}, got {dtype!r}.")
         if max_batch_size < 1:

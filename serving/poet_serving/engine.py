@@ -62,6 +62,7 @@ class VLLMEngine(StreamingEngine):
             `poet_serving.maskgit`), each of which holds the weights once, and "upsampling" (pictures in a larger size,
             `poet_serving.superresolution`), which needs a whole bundle.
         adapters: LoRA adapters of the bundle's model, any mix of which, and none, may be in one batch.
+        num_scenes: Scenes of the longest film; 1 (scenes that stand alone) takes somewhat less time an id.
 
     Raises:
         CheckpointError: The directory holds no model.
@@ -81,6 +82,7 @@ class VLLMEngine(StreamingEngine):
         num_threads: int | None = None,
         decodings: Sequence[str] = ("autoregressive",),
         adapters: Sequence[Adapter] = (),
+        num_scenes: int = 1,
     ) -> None:
         self._vllm: Any = None
         self._canvases: Any = None
@@ -95,6 +97,7 @@ class VLLMEngine(StreamingEngine):
             num_cache_blocks=num_cache_blocks,
             num_threads=num_threads,
             adapters=tuple(adapters),
+            num_scenes=num_scenes,
         )
         if VLLMEngine._running:
             raise ConfigError("a process must run one vLLM engine at a time. Close the other one first.")
@@ -262,6 +265,11 @@ def check_servable(request: GenerationRequest, settings: EngineSettings, *, star
         ConfigError: it cannot.
     """
     check_request(request, settings.config, adapters=settings.adapters, index=index)
+    if (scenes := 1 + len(request.context_ids) // settings.config.scene_length) > settings.num_scenes:
+        raise ConfigError(
+            f"request {index}: the engine was started for films of at most {settings.num_scenes} scenes, got one of "
+            f"{scenes}. Start it with num_scenes={scenes}."
+        )
     if not started:
         kind = "autoregressive" if request.canvas is None else "parallel"
         raise ConfigError(

@@ -223,9 +223,10 @@ class CanvasFiller:
         request, canvas = self._running[index]
         self._started[index] = []
         for suffix, prefix, half in halves_of(request, guided=canvas.takes_guidance):
-            arguments = canvas_arguments(len(prefix), canvas) | half
+            given = [*request.context_ids, *prefix]
+            arguments = canvas_arguments(len(given), canvas) | half
             params = PoolingParams(task=_TASK, extra_kwargs=arguments, skip_reading_prefix_cache=True)
-            prompt = {"prompt_token_ids": [*prefix, *canvas.shown()]}
+            prompt = {"prompt_token_ids": [*given, *canvas.shown()]}
             name, adapter = f"{index}.{canvas.step}{suffix}", self._adapters[request.adapter]
             self._started[index].append(self._vllm.add_request(name, prompt, params, lora_request=adapter))
 

@@ -17,6 +17,7 @@ from vllm.v1.core.sched.scheduler import Scheduler
 from vllm.v1.request import Request, RequestStatus
 
 from poet_serving.guidance import half_of, half_of_arguments
+from poet_serving.scenes import ScenePages
 
 __all__ = ["PairScheduler"]
 
@@ -119,5 +120,7 @@ class PairScheduler(Scheduler):  # type: ignore[misc]
         wanted = 0
         for manager in self.kv_cache_manager.coordinator.single_type_managers:
             held = len(manager.req_to_blocks.get(request.request_id, ()))
+            if isinstance(manager, ScenePages):
+                held = max(held, manager.pages_before(request.num_tokens))
             wanted += -(-request.num_tokens // manager.block_size) - held
         return wanted

@@ -68,6 +68,7 @@ class EngineSettings:
         num_threads: threads of a step; None: one where a model of less than `SMALL_MODEL` parameters writes one id
             after another, else as many as PyTorch has.
         adapters: LoRA adapters that requests may name.
+        num_scenes: scenes of the longest film; 1: scenes stand alone.
     """
 
     bundle_dir: Path
@@ -77,11 +78,23 @@ class EngineSettings:
     num_cache_blocks: int | None = None
     num_threads: int | None = None
     adapters: tuple[Adapter, ...] = ()
+    num_scenes: int = 1
 
     def __post_init__(self) -> None:
-        for option, value in (("max_num_seqs", self.max_num_seqs), ("num_threads", self.num_threads)):
+        options = ("max_num_seqs", "num_threads", "num_scenes")
+        for option, value in ((name, getattr(self, name)) for name in options):
             if value is not None and value < 1:
                 raise ConfigError(f"{option} must be at least 1, got {value}.")
+        if self.longest > self.config.max_position_embeddings:
+            raise ConfigError(
+                f"num_scenes must be at most {self.config.max_position_embeddings // self.config.scene_length}, for "
+                f"which the model has positions, got {self.num_scenes}."
+            )
+        if self.num_scenes > 1 and self.config.scene_length % BLOCK_SIZE:
+            raise ConfigError(
+                f"films need a scene_length that is a multiple of {BLOCK_SIZE}, this model's is "
+                f"{self.config.scene_length}. Use the torch engine."
+            )
         if self.blocks <= self._blocks_each:
             raise ConfigError(
                 f"num_cache_blocks must be at least {self._blocks_each + 1}, so that the longest request fits, "
@@ -107,6 +120,11 @@ class EngineSettings:
         return cls(bundle_dir=bundle_dir, config=config, dtype=_fastest_dtype() if dtype == "auto" else dtype, **sizes)
 
     @property
+    def longest(self) -> int:
+        """Ids of the longest request: a film's earlier scenes and the one that is written."""
+        return self.num_scenes * self.config.scene_length
+
+    @property
     def blocks(self) -> int:
         """Pages of the cache; one page of any pool is vLLM's own."""
         return 1 + self.max_num_seqs * self._blocks_each if self.num_cache_blocks is None else self.num_cache_blocks
@@ -129,12 +147,13 @@ class EngineSettings:
 
     def causal(self) -> dict[str, Any]:
         """Engine arguments of the model that writes one id after another."""
-        longest = self.config.scene_length
         return (
             self._common()
             | adapter_arguments(self.adapters)
             | {
-                "max_num_batched_tokens": max(2 * longest, 2048),  # a guided request is read together with its guide
+                "max_num_batched_tokens": max(
+                    2 * self.longest, 2048
+                ),  # a guided request is read together with its guide
                 "block_size": BLOCK_SIZE,
                 "num_gpu_blocks_override": self.blocks,
                 "kv_cache_memory_bytes": self.blocks * self._block_bytes,
@@ -150,7 +169,7 @@ class EngineSettings:
             | NO_CACHE
             | adapter_arguments(self.adapters)
             | {
-                "max_num_batched_tokens": max(2, self.max_num_seqs) * self.config.scene_length,
+                "max_num_batched_tokens": max(2, self.max_num_seqs) * self.longest,
                 "hf_overrides": {PROMPT_LENGTHS_KEY: 1, "architectures": [CANVAS_ARCHITECTURE]},
             }
         )
@@ -170,7 +189,7 @@ class EngineSettings:
             "model": str(self.bundle_dir),
             "dtype": self.dtype,
             "max_num_seqs": self.max_num_seqs,
-            "max_model_len": self.config.scene_length,
+            "max_model_len": self.longest,
             "enforce_eager": True,
             "hf_overrides": {PROMPT_LENGTHS_KEY: 1},
             "enable_prefix_caching": False,
@@ -182,11 +201,15 @@ class EngineSettings:
 
     @property
     def _blocks_each(self) -> int:
-        return -(-self.config.scene_length // BLOCK_SIZE)
+        scene = -(-self.config.scene_length // BLOCK_SIZE)
+        if self.num_scenes == 1:
+            return scene  # a page holds all layers
+        return -(-self.longest // BLOCK_SIZE) + (self.config.num_layers - 1) * scene  # each one of its own
 
     @property
     def _block_bytes(self) -> int:
-        numbers = 2 * self.config.num_layers * self.config.num_kv_heads * self.config.head_dim * BLOCK_SIZE
+        layers = self.config.num_layers if self.num_scenes == 1 else 1
+        numbers = 2 * layers * self.config.num_kv_heads * self.config.head_dim * BLOCK_SIZE
         return numbers * (4 if self.dtype == "float32" else 2)
 
 

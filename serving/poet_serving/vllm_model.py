@@ -12,7 +12,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional
 from vllm.compilation.decorators import support_torch_compile
-from vllm.config import VllmConfig
+from vllm.config import VllmConfig, get_current_vllm_config
 from vllm.distributed import get_pp_group, get_tensor_model_parallel_world_size
 from vllm.forward_context import get_forward_context
 from vllm.model_executor.layers.attention import EncoderOnlyAttention
@@ -23,11 +23,12 @@ from vllm.model_executor.layers.rotary_embedding import get_rope
 from vllm.model_executor.layers.vocab_parallel_embedding import ParallelLMHead
 from vllm.model_executor.models.qwen2 import Qwen2MLP, Qwen2Model
 from vllm.model_executor.models.qwen3 import Qwen3Attention, Qwen3DecoderLayer, Qwen3ForCausalLM
-from vllm.model_executor.models.utils import PPMissingLayer, maybe_prefix
+from vllm.model_executor.models.utils import PPMissingLayer, extract_layer_index, maybe_prefix
 
 from poet.errors import ConfigError
 from poet_serving.adapters import AdapterRows, adapted_product
 from poet_serving.attention import PrefixAttention, is_compiled
+from poet_serving.scenes import CanvasAttention, SceneAttention, attend_to_all_scenes, register_pages
 from poet_serving.settings import PROMPT_LENGTHS_KEY
 
 __all__ = [
@@ -37,6 +38,7 @@ __all__ = [
     "PoetDecoderLayer",
     "PoetForCausalLM",
     "PoetModel",
+    "takes_films",
 ]
 
 
@@ -51,8 +53,6 @@ class PoetAttention(Qwen3Attention):  # type: ignore[misc]
         quant_config: vLLM's, None for plain weights.
         prefix: The layer's name in the model.
     """
-
-    inner: type[Any] = PrefixAttention
 
     def __init__(self, config: Any, cache_config: Any, quant_config: Any, prefix: str) -> None:
         nn.Module.__init__(self)
@@ -87,7 +87,8 @@ class PoetAttention(Qwen3Attention):  # type: ignore[misc]
             max_position=config.max_position_embeddings,
             rope_parameters=config.rope_parameters,
         )
-        self.attn = self.inner(
+        inner, options = self.choose_inner(config, prefix)
+        self.attn = inner(
             self.num_heads,
             self.head_dim,
             self.scaling,
@@ -95,15 +96,29 @@ class PoetAttention(Qwen3Attention):  # type: ignore[misc]
             cache_config=cache_config,
             quant_config=quant_config,
             prefix=f"{prefix}.attn",
+            **options,
         )
         self.q_norm = RMSNorm(self.head_dim, eps=config.rms_norm_eps)
         self.k_norm = RMSNorm(self.head_dim, eps=config.rms_norm_eps)
+
+    @staticmethod
+    def choose_inner(config: Any, prefix: str) -> tuple[type[Any], dict[str, Any]]:
+        """Return the inner layer and its options: for films, layer 0 sees all scenes and the others the last one."""
+        if not takes_films(get_current_vllm_config()):
+            return PrefixAttention, {}
+        inner = PrefixAttention if extract_layer_index(prefix) == 0 else SceneAttention
+        return inner, {"scene_length": config.scene_length}
 
 
 class BidirectionalAttention(PoetAttention):
     """The same over a whole request both ways, without a cache; arguments as there."""
 
-    inner = EncoderOnlyAttention
+    @staticmethod
+    def choose_inner(config: Any, prefix: str) -> tuple[type[Any], dict[str, Any]]:
+        """Return the inner layer and its options."""
+        if not takes_films(get_current_vllm_config()):
+            return EncoderOnlyAttention, {}
+        return CanvasAttention, {"scene_length": config.scene_length}
 
 
 class PoetDecoderLayer(Qwen3DecoderLayer):  # type: ignore[misc]
@@ -181,8 +196,14 @@ class DirectLayer:
         self.key_norm = _weight_and_epsilon(attention.k_norm)
 
     def __call__(
-        self, change_TC: Tensor, stream_TC: Tensor, positions: Tensor, metadata: Any, slots: Tensor | None
-    ) -> Tensor:
+        self,
+        change_TC: Tensor,
+        stream_TC: Tensor,
+        positions: Tensor,
+        metadata: Any,
+        slots: Tensor | None,
+        kept: Tensor | None = None,
+    ) -> tuple[Tensor, Tensor]:
         """Add the change that the layer below made to the residual stream, and compute this layer's.
 
         Args:
@@ -191,9 +212,10 @@ class DirectLayer:
             positions: (T,) int64.
             metadata: of the step, from the attention backend's builder.
             slots: (T,) where each id's key and value go in the cache; None where there is none.
+            kept: (K,) places of the ids that go on from here; of the others only keys and values are wanted. None: all.
 
         Returns:
-            (T, C), this layer's change, of which the stream holds the attention's part already.
+            (K, C) this layer's change, of which the stream holds the attention's part already, and the (K, C) stream.
         """
         kernels = torch.ops._C
         num_heads, num_kv_heads, head_dim = self.heads
@@ -209,12 +231,17 @@ class DirectLayer:
         value = value.view(-1, num_kv_heads, head_dim)
         if slots is not None:
             attention.impl.do_kv_cache_update(attention, key, value, attention.kv_cache, slots)
-        seen = torch.empty_like(query)
-        attention.impl.forward(attention, query, key, value, attention.kv_cache, metadata, seen)
+        if kept is not None:
+            query, stream_TC = query[kept], stream_TC[kept]
+        if kept is not None and (stretches := getattr(metadata, "stretches", ())):
+            seen = attend_to_all_scenes(query, key, value, stretches)
+        else:
+            seen = torch.empty_like(query)
+            attention.impl.forward(attention, query, key, value, attention.kv_cache, metadata, seen)
         change_TC = self.output(seen.view(-1, self.sizes[0]))
         kernels.fused_add_rms_norm(change_TC, stream_TC, *self.output_norm)
         gate, up = self.gate_up(change_TC).split(self.ffn_size, dim=-1)
-        return self.down(functional.silu(gate).mul_(up))
+        return self.down(functional.silu(gate).mul_(up)), stream_TC
 
 
 def _linear(projection: Any, adapters: AdapterRows) -> Callable[[Tensor], Tensor]:
@@ -234,6 +261,11 @@ def _normed(x: Tensor, weight_and_epsilon: tuple[Tensor, float]) -> Tensor:
     return normed
 
 
+def takes_films(config: VllmConfig) -> bool:
+    """Whether requests may be longer than a scene: earlier scenes of a film and the one that is written."""
+    return bool(config.model_config.max_model_len > config.model_config.hf_config.scene_length)
+
+
 def _takes_direct_layers(config: VllmConfig) -> bool:
     """Whether nothing stands between the kernels: no compiler, quantisation or other ranks."""
     alone = get_tensor_model_parallel_world_size() == 1 and get_pp_group().world_size == 1
@@ -251,6 +283,11 @@ class PoetModel(Qwen2Model):  # type: ignore[misc]
     ) -> None:
         super().__init__(vllm_config=vllm_config, prefix=prefix, decoder_layer_type=layer_type)
         self.takes_direct_layers = _takes_direct_layers(vllm_config)
+        if takes_films(vllm_config) and not self.takes_direct_layers:
+            raise ConfigError(
+                "films need layers that are neither compiled, quantised nor spread over ranks: earlier scenes pass the "
+                "first one alone. Start vLLM with enforce_eager and one rank."
+            )
         self.direct_layers: list[DirectLayer] = []
         self.adapter_rows = AdapterRows()
 
@@ -283,11 +320,25 @@ class PoetModel(Qwen2Model):  # type: ignore[misc]
             self.adapter_rows.update(table.token_lora_indices)
         change_TC = self.embed_tokens(input_ids)
         stream_TC = torch.zeros_like(change_TC)
-        for layer in self.direct_layers:
-            metadata, slots = context.attn_metadata[layer.name], context.slot_mapping.get(layer.name)
-            change_TC = layer(change_TC, stream_TC, positions, metadata, slots)
+        first, *others = self.direct_layers
+        metadata = context.attn_metadata[first.name]
+        kept = getattr(metadata, "kept", None)
+        slots = context.slot_mapping.get(first.name)
+        change_TC, stream_TC = first(change_TC, stream_TC, positions, metadata, slots, kept)
+        if kept is not None:  # earlier scenes end here
+            positions = positions[kept]
+            if table is not None:
+                self.adapter_rows.update(table.token_lora_indices[kept])
+        for layer in others:
+            slots = context.slot_mapping.get(layer.name)
+            if kept is not None and slots is not None:
+                slots = slots[kept]
+            change_TC, stream_TC = layer(change_TC, stream_TC, positions, context.attn_metadata[layer.name], slots)
         torch.ops._C.fused_add_rms_norm(change_TC, stream_TC, *_weight_and_epsilon(self.norm))
-        return change_TC
+        if kept is None:
+            return change_TC
+        # vLLM looks for the last id of each request where it was.
+        return change_TC.new_zeros(len(input_ids), change_TC.shape[1]).index_copy_(0, kept, change_TC)
 
 
 class PoetForCausalLM(Qwen3ForCausalLM):  # type: ignore[misc]
@@ -308,6 +359,7 @@ class PoetForCausalLM(Qwen3ForCausalLM):  # type: ignore[misc]
                 f"Poet's model must be told how long prompts are, but the configuration key {PROMPT_LENGTHS_KEY!r} is "
                 f"not set. Start vLLM with hf_overrides={{{PROMPT_LENGTHS_KEY!r}: 1}}."
             )
+        register_pages()
         self.config = config
         self.vllm_config = vllm_config
         self.quant_config = vllm_config.quant_config

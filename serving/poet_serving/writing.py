@@ -76,7 +76,7 @@ class OutputWriter:
             self._unfinished[name].add(name + suffix)
             self._started[name + suffix] = self._vllm.add_request(
                 name + suffix,
-                {"prompt_token_ids": list(prefix)},
+                {"prompt_token_ids": [*request.context_ids, *prefix]},
                 own,
                 lora_request=self._adapters[request.adapter],
             )

@@ -3,35 +3,22 @@
 import dataclasses
 from collections.abc import Sequence
 from pathlib import Path
+from typing import Any
 
-import numpy as np
 import pytest
 import torch
 
 from poet.errors import ConfigError, ShapeError
-from poet.generation.canvas import ParallelDecoding, plan_canvas
 from poet.generation.context import build_cache
 from poet.generation.engine import GenerationRequest, TorchEngine
 from poet.generation.maskgit import Canvas, draw_places
-from poet.generation.sampling import SamplingConfig
 from poet.grammar import GrammarState, check_output
 from poet.model.attention import SceneLayout
 from poet.model.transformer import KeyValueCache, PoetTransformer
-from poet.sequence import output_grammar, pack, pack_prefix, pad_scene
-from poet.tasks import get_task
-from poet.testing import random_scene, save_model, sharp_model, tiny_config, tiny_geometry, tiny_vocabulary
+from poet.testing import film_request, save_model, sharp_model, tiny_config, tiny_vocabulary
 
 VOCABULARY = tiny_vocabulary()
 CONFIG = tiny_config(VOCABULARY, num_layers=3, max_position_embeddings=1280)
-GREEDY = SamplingConfig(temperature=0)
-TASK = get_task("text_to_video_audio")
-GEOMETRY = tiny_geometry(VOCABULARY, num_latent_frames=2)
-GRAMMAR = output_grammar(
-    TASK,
-    VOCABULARY,
-    video_latent_shape=GEOMETRY.latent_shape,
-    num_audio_latents=GEOMETRY.num_audio_latents(GEOMETRY.num_frames),
-)
 
 
 @pytest.fixture(scope="module")
@@ -49,37 +36,8 @@ def engine(bundle: Path) -> TorchEngine:
     return TorchEngine(bundle)
 
 
-def earlier_scenes(seed: int, count: int) -> tuple[int, ...]:
-    """So many padded scenes one after another."""
-    rng = np.random.default_rng([seed, 1])
-    scenes = [
-        random_scene(TASK.name, VOCABULARY, rng, geometry=GEOMETRY, num_text_pieces=2 + number)
-        for number in range(count)
-    ]
-    padded = [pad_scene(pack(scene, VOCABULARY), CONFIG.scene_length, VOCABULARY).ids for scene in scenes]
-    return tuple(np.concatenate(padded).tolist()) if padded else ()
-
-
-def request(seed: int, num_earlier: int, *, guided: bool = False, parallel: bool = False) -> GenerationRequest:
-    rng = np.random.default_rng(seed)
-    scene = random_scene(TASK.name, VOCABULARY, rng, geometry=GEOMETRY, num_text_pieces=3 + seed, parallel=parallel)
-    canvas = None
-    if parallel:
-        canvas = plan_canvas(
-            ParallelDecoding(num_steps=2 + seed),
-            TASK,
-            VOCABULARY,
-            video_latent_shape=GEOMETRY.latent_shape,
-            num_audio_latents=GEOMETRY.num_audio_latents(GEOMETRY.num_frames),
-        )
-    return GenerationRequest(
-        prefix_ids=tuple(pack_prefix(scene, VOCABULARY).tolist()),
-        guide_ids=tuple(pack_prefix(scene, VOCABULARY, drop_text=True).tolist()) if guided else None,
-        grammar=GRAMMAR,
-        sampling=dataclasses.replace(GREEDY, guidance_scale=2.0 if guided else 1.0),
-        canvas=canvas,
-        context_ids=earlier_scenes(seed, num_earlier),
-    )
+def request(seed: int, num_earlier: int, **options: Any) -> GenerationRequest:
+    return film_request(VOCABULARY, CONFIG, seed, num_earlier, **options)
 
 
 @torch.inference_mode()
@@ -147,7 +105,7 @@ def test_canvases_of_films_are_filled_as_under_dense_masks(model: PoetTransforme
 
 @torch.inference_mode()
 def test_only_layer_0_keeps_earlier_scenes(model: PoetTransformer) -> None:
-    context = earlier_scenes(3, 4)
+    context = request(3, 4).context_ids
     layout = SceneLayout.from_prefix_lengths(torch.tensor([5]), torch.tensor([20]), 20)
     cache, _, positions = build_cache(model, [context], layout)
     rooms = [layer.keys.shape[2] for layer in cache.layers]
