@@ -7,7 +7,7 @@
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 from typing import NamedTuple
 
 import numpy as np
@@ -25,6 +25,7 @@ __all__ = [
     "grammar_from_json",
     "grammar_to_json",
     "max_output_length",
+    "pin",
     "place_ranges",
 ]
 
@@ -77,6 +78,33 @@ def place_ranges(grammar: Grammar) -> tuple[NDArray[np.int64], NDArray[np.int64]
     counts = [segment.count for segment in grammar]
     low, high = np.array([(segment.low, segment.high) for segment in grammar], np.int64).reshape(-1, 2).T
     return np.repeat(low, counts), np.repeat(high, counts)
+
+
+def pin(grammar: Grammar, known: Mapping[int, int]) -> Grammar:
+    """The grammar of those outputs that hold the known ids at their places; engines write these without asking.
+
+    Args:
+        grammar: of outputs of one length.
+        known: place to id.
+
+    Raises:
+        VocabularyError: the length is open, or an id that may not stand at its place.
+    """
+    low, high = place_ranges(grammar)
+    for place, id in known.items():
+        if not 0 <= place < len(low) or not low[place] <= id < high[place]:
+            raise VocabularyError(f"a pinned id must fit its place of {len(low)}, got {id} at {place}.")
+    segments: list[Segment] = []
+    place = 0
+    for segment in grammar:
+        end = place + segment.count
+        for at in sorted(at for at in known if place <= at < end):
+            segments += [Segment(at - place, segment.low, segment.high)] if at > place else []
+            segments.append(Segment(1, known[at], known[at] + 1))
+            place = at + 1
+        segments += [Segment(end - place, segment.low, segment.high)] if end > place else []
+        place = end
+    return tuple(segments)
 
 
 def allowed(grammar: Grammar, output_ids: Iterable[int]) -> Allowed:

@@ -12,17 +12,16 @@ from __future__ import annotations
 import dataclasses
 import itertools
 import secrets
-from collections import defaultdict
 from collections.abc import Callable, Iterable, Iterator, Sequence
 
 import numpy as np
-import torch
 from numpy.typing import NDArray
 
 from poet import __version__
 from poet.bundle import Bundle
 from poet.errors import ConfigError
 from poet.generation.canvas import ParallelDecoding, plan_canvas
+from poet.generation.codecs import ClipCodecs
 from poet.generation.engine import Engine, GenerationRequest
 from poet.generation.provenance import (
     describe_adapter,
@@ -127,13 +126,12 @@ class Pipeline:
     def __init__(
         self, bundle: Bundle, engine: Engine, *, device: str = "cpu", adapters: Sequence[Adapter] = ()
     ) -> None:
-        self.bundle, self.engine, self.device = bundle, engine, device
+        self.bundle, self.engine = bundle, engine
         self.adapters = {adapter.name: adapter for adapter in adapters}
         self.weights_sha256 = bundle.weights_sha256  # at once: a later training may replace the file
         self.geometry = bundle.geometry()
         self.text_tokenizer = bundle.text_tokenizer
-        self.video_tokenizer = bundle.load_video_tokenizer(device)
-        self.audio_tokenizer = bundle.load_audio_tokenizer(device)
+        self.codecs = ClipCodecs(bundle, device)
 
     def generate(
         self, requests: Sequence[ClipRequest], progress: Callable[[int, int], None] | None = None
@@ -203,8 +201,9 @@ class Pipeline:
             for item, scene in zip(prepared, scenes, strict=True)
         ]
         joined = [item.task.join_clip(part) for item, part in zip(prepared, parts, strict=True)]
-        frames = self._decode_video(self._upsample(prepared, [video for video, _ in joined]))
-        samples = self._decode_audio([audio for _, audio in joined])
+        larger = self._upsample(prepared, [video for video, _ in joined])
+        frames = [None if codes is None else self.codecs.decode_video(codes) for codes in larger]
+        samples = [None if codes is None else self.codecs.decode_audio(codes) for _, codes in joined]
         results = []
         for item, ids, scene, picture, sound in zip(prepared, outputs, scenes, frames, samples, strict=True):
             text = None if scene.text_out is None else self.text_tokenizer.decode(list(scene.text_out))
@@ -214,7 +213,7 @@ class Pipeline:
                     clip=None if item.task.writes_text else self._finish(item, picture, sound),
                     text=text,
                     ids=tuple(ids),
-                    metadata=self._describe(item.request, ids),
+                    metadata=self.describe(item.request, ids),
                 )
             )
         return results
@@ -340,8 +339,7 @@ class Pipeline:
             raise ConfigError(
                 f"task {task.name} must be given a clip of {self.geometry.num_frames} frames, got {len(frames)}."
             )
-        pixels = torch.from_numpy(frames).permute(3, 0, 1, 2)[None].float() / 127.5 - 1
-        return self.video_tokenizer.encode(pixels.to(self.device))[0].cpu().numpy()
+        return self.codecs.encode_frames(frames)
 
     def _encode_given_audio(self, task: Task, clip: Clip | None, num_given: int) -> NDArray[np.int64] | None:
         if clip is None or clip.samples is None or "audio" not in task.inputs | task.optional:
@@ -350,8 +348,7 @@ class Pipeline:
         wanted = self.geometry.num_samples(self.geometry.num_frames if frames is None else frames)
         samples = clip.samples[-wanted:] if frames is not None else clip.samples[:wanted]
         samples = np.pad(samples, (wanted - len(samples), 0) if frames is not None else (0, wanted - len(samples)))
-        waveform = torch.from_numpy(samples)[None, None].to(self.device)
-        return self.audio_tokenizer.encode(waveform)[0].cpu().numpy()
+        return self.codecs.encode_samples(samples)
 
     def _check_frames(self, frames: NDArray[np.uint8]) -> NDArray[np.uint8]:
         if frames.shape[1:3] != self.geometry.resolution:
@@ -392,37 +389,6 @@ class Pipeline:
                 results[place] = high
         return results
 
-    def _decode_video(self, codes: Sequence[NDArray[np.int64] | None]) -> list[NDArray[np.uint8] | None]:
-        """Codes (T, h, w) of each clip to frames (N, H, W, 3) uint8; clips of one shape are decoded together."""
-        results: list[NDArray[np.uint8] | None] = [None] * len(codes)
-        groups: dict[tuple[int, ...], list[tuple[int, NDArray[np.int64]]]] = defaultdict(list)
-        for place, item in enumerate(codes):
-            if item is not None:
-                groups[item.shape].append((place, item))
-        for group in groups.values():
-            for start in range(0, len(group), 16):
-                chosen = group[start : start + 16]
-                batch = torch.from_numpy(np.stack([item for _, item in chosen])).to(self.device)
-                # A tokenizer pads what its stride does not divide; an upsampled picture is as many times larger.
-                scale = batch.shape[2] // self.geometry.latent_shape[1]
-                height, width = (scale * size for size in self.geometry.resolution)
-                video = self.video_tokenizer.decode(batch)[..., :height, :width]
-                pixels = ((video + 1) * 127.5).round().clamp(0, 255).to(torch.uint8)
-                for (place, _), clip in zip(chosen, pixels.permute(0, 2, 3, 4, 1).cpu().numpy(), strict=True):
-                    results[place] = clip
-        return results
-
-    def _decode_audio(self, codes: Sequence[NDArray[np.int64] | None]) -> list[NDArray[np.float32] | None]:
-        """Codes (K, A) of each clip to samples (S,) float32."""
-        results: list[NDArray[np.float32] | None] = []
-        for item in codes:
-            if item is None:
-                results.append(None)
-                continue
-            waveform = self.audio_tokenizer.decode(torch.from_numpy(item)[None].to(self.device))[0, 0]
-            results.append(waveform.float().clamp(-1, 1).cpu().numpy())
-        return results
-
     def _finish(
         self, item: PreparedClip, frames: NDArray[np.uint8] | None, samples: NDArray[np.float32] | None
     ) -> Clip:
@@ -453,7 +419,7 @@ class Pipeline:
         shape = item.task.output_shape(self.geometry, item.num_given)
         return (shape.audio or 0) * self.geometry.hop_length
 
-    def _describe(self, request: ClipRequest, ids: Sequence[int]) -> dict[str, str]:
+    def describe(self, request: ClipRequest, ids: Sequence[int]) -> dict[str, str]:
         """What made the clip, for its container's metadata."""
         sampling = request.sampling
         # No text is not the same as an empty one: made again, they give other ids.

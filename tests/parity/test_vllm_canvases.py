@@ -161,7 +161,7 @@ def test_what_the_engine_cannot_write_is_refused_before_anything_is_started(bund
     for bad, words in (
         (dataclasses.replace(good, canvas=dataclasses.replace(good.canvas, mask_id=10**6)), "mask_id"),
         (dataclasses.replace(good, canvas=dataclasses.replace(good.canvas, pinned=((0, low),))), "pinned"),
-        (dataclasses.replace(good, prefix_ids=(10**6,)), "prefix ids"),
+        (dataclasses.replace(good, prefix_ids=(10**6,)), "given ids"),
     ):
         with pytest.raises(ConfigError, match=words):
             engine.generate([good, bad])
