@@ -2,31 +2,34 @@
 
 from __future__ import annotations
 
-import dataclasses
 import time
-from collections.abc import Mapping
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
 from poet.cli.adapters import read_one
-from poet.cli.output import keep_what_is_read, note, progress, show_result
-from poet.errors import ConfigError, MediaError
+from poet.cli.films import check_film_options, film_decodings, film_requests, read_scenes
+from poet.cli.output import Advance, keep_what_is_read, note, progress, show_result
+from poet.cli.settings import PARALLEL, GenerateSettings, settings_like
+from poet.cli.streams import check_stream, stream_to_file
+from poet.errors import ConfigError
 
 if TYPE_CHECKING:
     from poet.bundle import Bundle
     from poet.generation.canvas import ParallelDecoding
+    from poet.generation.film import FilmRequest, GeneratedFilm
+    from poet.generation.pipeline import ClipRequest, GeneratedClip, Pipeline
+    from poet.generation.streaming import Piece
     from poet.generation.upsample import Upsampling
     from poet.tasks import Task
 
 __all__ = ["generate", "parallel_decoding", "upsampling"]
 
 DEFAULT_ENGINE = "vllm"
-GIVEN = ("image", "video", "audio")
 SAMPLING = ("temperature", "top_k", "top_p", "guidance_scale")
 REPETITION = ("repetition_penalty", "repetition_window")
-PARALLEL = ("steps", "schedule", "order", "choice_temperature", "guidance_start", "guidance_stop")
 DECODINGS = ("autoregressive", "parallel")
 SUFFIXES = {"image": ".png", "audio": ".wav"}
 
@@ -78,6 +81,22 @@ def generate(
     upsample_temperature: Annotated[float | None, typer.Option(help="Of upsampling: 0 takes the likeliest.")] = None,
     lora: Annotated[Path | None, typer.Option(help="Directory of a LoRA adapter of the bundle's model.")] = None,
     engine: Annotated[str | None, typer.Option(help="vllm (the default), or torch (the reference).")] = None,
+    scene: Annotated[
+        list[str] | None, typer.Option(help="Of a film: the prompt of its next scene; repeatable.")
+    ] = None,
+    scenes: Annotated[
+        Path | None,
+        typer.Option(help="Of a film: a file with a prompt a line; - is a scene without one, # begins a remark."),
+    ] = None,
+    num_scenes: Annotated[int | None, typer.Option(min=1, help="Of a film: so many scenes of the one prompt.")] = None,
+    memory: Annotated[
+        int | None, typer.Option(min=0, help="Of a film: earlier scenes that a scene sees; all when left out.")
+    ] = None,
+    loop: Annotated[bool | None, typer.Option("--loop", help="Of a film: end where it began.")] = None,
+    until: Annotated[Path | None, typer.Option(help="Of a film: a clip to arrive at; the film ends with it.")] = None,
+    stream: Annotated[
+        bool, typer.Option("--stream", help="Write an .mp4 that can be played while it is being written.")
+    ] = False,
     num_samples: Annotated[int, typer.Option(min=1, help="Clips to write, with seeds counted up.")] = 1,
     like: Annotated[
         Path | None,
@@ -86,7 +105,7 @@ def generate(
     metadata: Annotated[bool, typer.Option(help="Write into the file what made it.")] = True,
     json: Annotated[bool, typer.Option("--json", help="Print the result as one JSON object.")] = False,
 ) -> None:
-    """Write a clip from a text, an image, a clip, a sound, or nothing."""
+    """Write a clip from a text, an image, a clip, a sound, or nothing; or a film of several scenes."""
     started = time.monotonic()
     from poet.bundle import Bundle, default_bundle
     from poet.generation.given import GivenFiles
@@ -94,7 +113,7 @@ def generate(
     from poet.tasks import get_task
 
     bundle = Bundle.open(default_bundle() if model is None else model)
-    settings = _Settings(
+    settings = GenerateSettings(
         prompt=prompt,
         negative_prompt=negative_prompt,
         task=task,
@@ -120,21 +139,30 @@ def generate(
         upsample_temperature=upsample_temperature,
         lora=lora,
         engine=engine,
+        scenes=read_scenes(prompt, scene, scenes, num_scenes),
+        memory=memory,
+        loop=loop,
+        until=until,
     )
     expected_ids = None
     if like is not None:
-        settings, expected_ids = _settings_like(like, settings, bundle)
+        settings, expected_ids = settings_like(like, settings, bundle)
     defaults = bundle.generation_config
     adapters = read_one(settings.lora, bundle)
+    check_film_options(settings)
+    is_film = settings.scenes is not None
     files = GivenFiles(image=settings.image, video=settings.video, audio=settings.audio)
     has_text = settings.prompt is not None
-    chosen = settings.task or files.guess_task(has_text=has_text, default=defaults.task)
+    default = "text_to_video_audio" if is_film else defaults.task
+    chosen = default if is_film else settings.task or files.guess_task(has_text=has_text, default=default)
     row = get_task(chosen)
     bundle.check_trained(chosen)
     targets = _targets(output, num_samples, row)
     if not row.writes_text:
-        keep_what_is_read(targets, (settings.image, settings.video, settings.audio, like))
-    given = files.read(bundle, row, has_text=has_text)
+        keep_what_is_read(targets, (settings.image, settings.video, settings.audio, settings.until, like))
+    if stream:
+        check_stream(targets)
+    given = None if is_film else files.read(bundle, row, has_text=has_text)
     sources = settings.sources()
     # torch, which takes seconds: only once all that was asked is sound
     from poet.generation.engine import decodings_for, load_engine
@@ -146,6 +174,22 @@ def generate(
     said = {name: value for name in (*SAMPLING, *REPETITION) if (value := getattr(settings, name)) is not None}
     sampling: dict[str, Any] = defaults.sampling(parallel=parallel is not None) | said
     first_seed = settings.seed if settings.seed is not None else _new_seed()
+    adapter = adapters[0].name if adapters else None
+    options: dict[str, Any] = {"decodings": decodings_for(parallel=parallel is not None, upsampling=larger is not None)}
+    films: list[FilmRequest] = []
+    if is_film:
+        from poet.generation.film import scenes_needed
+
+        films = film_requests(
+            settings,
+            bundle,
+            num_samples,
+            sampling=sampling,
+            first_seed=first_seed,
+            decoding=parallel,
+            adapter=adapter,
+        )
+        options = {"decodings": film_decodings(films[0]), "num_scenes": scenes_needed(bundle, films)}
     requests = [
         ClipRequest(
             task=chosen,
@@ -155,215 +199,74 @@ def generate(
             sampling=SamplingConfig(**sampling, seed=first_seed + number),
             decoding=parallel,
             upsampling=larger,
-            adapter=adapters[0].name if adapters else None,
+            adapter=adapter,
         )
-        for number in range(num_samples)
+        for number in range(0 if is_film else num_samples)
     ]
     name = settings.engine or DEFAULT_ENGINE
     _ = bundle.weights_sha256  # of the files that the engine is about to read
     note(f"starting {name} on {bundle.path}")
-    writer = load_engine(
-        name,
-        bundle.path,
-        decodings=decodings_for(parallel=parallel is not None, upsampling=larger is not None),
-        adapters=adapters,
-    )
+    writer = load_engine(name, bundle.path, adapters=adapters, **options)
+    timing: dict[str, float] = {}
+    clips: Sequence[GeneratedClip | GeneratedFilm] = []
+    results: list[dict[str, Any]] = []
     try:
         pipeline = Pipeline(bundle, writer, adapters=adapters)
         loaded = time.monotonic()
-        with progress("writing ids") as advance:
-            clips = pipeline.generate(requests, lambda done, total: advance(done, total, ""))
+        if stream:
+            pieces, count = _stream(pipeline, films, requests)
+            streamed = stream_to_file(
+                pieces,
+                pipeline.geometry,
+                targets[0],
+                sources,
+                has_sound=row.writes_audio or (given is not None and given.samples is not None),
+                num_frames=count,
+                keep_metadata=metadata,
+            )
+            timing["first_frame"] = streamed.pop("first_frame")
+            results.append(streamed)
+        else:
+            with progress("writing scenes" if is_film else "writing ids") as advance:
+                clips = _write(pipeline, films, requests, advance)
     finally:
         writer.close()
-    written = time.monotonic()
-    results: list[dict[str, Any]] = []
-    for clip, target in zip(clips, targets, strict=True):
+    timing = {"start": round(loaded - started, 2)} | timing | {"writing": round(time.monotonic() - loaded, 2)}
+    for clip, target in zip(clips, targets, strict=not stream):
         facts = clip.metadata | sources
         if clip.clip is None:
             results.append({"text": clip.text, **facts})
             continue
         write_clip(clip.clip, target, metadata=facts if metadata else None)
         results.append({"file": str(target), "duration": round(clip.clip.duration, 3), **facts})
-    timing = {"start": round(loaded - started, 2), "writing": round(written - loaded, 2)}
     result: dict[str, Any] = {**results[0]} if num_samples == 1 else {"clips": results}
     if expected_ids is not None:
-        result["same_ids"] = clips[0].metadata["ids_sha256"] == expected_ids
+        result["same_ids"] = results[0]["ids_sha256"] == expected_ids
         if not result["same_ids"]:
             note(f"the ids are not those of {like}: the weights, the machine or its packages are not the same")
     show_result({**result, "timing": timing}, json)
 
 
-@dataclasses.dataclass(frozen=True, kw_only=True)
-class _Settings:
-    prompt: str | None
-    negative_prompt: str | None
-    task: str | None
-    image: Path | None
-    video: Path | None
-    audio: Path | None
-    seed: int | None
-    temperature: float | None
-    top_k: int | None
-    top_p: float | None
-    guidance_scale: float | None
-    repetition_penalty: float | None
-    repetition_window: int | None
-    decoding: str | None
-    steps: int | None
-    schedule: str | None
-    order: str | None
-    choice_temperature: float | None
-    guidance_start: float | None
-    guidance_stop: float | None
-    upsample: bool | None
-    upsample_steps: int | None
-    upsample_temperature: float | None
-    lora: Path | None
-    engine: str | None
+def _write(
+    pipeline: Pipeline, films: Sequence[FilmRequest], requests: Sequence[ClipRequest], advance: Advance
+) -> Sequence[GeneratedClip | GeneratedFilm]:
+    from poet.generation.film import write_films
 
-    def sources(self) -> dict[str, str]:
-        """The files that were given, as they are known again anywhere: by name and content, not by path."""
-        from poet.media import hash_file
-
-        files = {kind: getattr(self, kind) for kind in GIVEN if getattr(self, kind) is not None}
-        names = {f"given_{kind}": path.name for kind, path in files.items()}
-        return names | {f"given_{kind}_sha256": hash_file(path) for kind, path in files.items()}
+    if films:
+        return write_films(pipeline, films, lambda done, total: advance(done, total, ""))
+    return pipeline.generate(requests, lambda done, total: advance(done, total, ""))
 
 
-def _settings_like(path: Path, asked: _Settings, bundle: Bundle) -> tuple[_Settings, str | None]:
-    """The settings that a clip's metadata holds; whatever the command line says goes before them.
+def _stream(
+    pipeline: Pipeline, films: Sequence[FilmRequest], requests: Sequence[ClipRequest]
+) -> tuple[Iterator[Piece], int]:
+    """The pieces of the one that is asked for, and about how many frames they have."""
+    from poet.generation.streaming import stream_clip, stream_film
 
-    Files that the clip was made from must be those files. An image may take the place of a video and the other way.
-    Also the hash that the ids must have again, or None where the command line changes something.
-    """
-    from poet.media import probe
-
-    facts = probe(path).metadata
-    if "task" not in facts or "seed" not in facts:
-        raise ConfigError(f"{path} does not say what made it: Poet wrote no metadata into it, or it was removed since.")
-    if asked.upsample is not False:
-        _check_upsampler(path, facts, bundle)
-    _check_bundle(path, facts, bundle)
-    said = {name: value for name, value in vars(asked).items() if value is not None}
-    # Either one takes the place of what the clip went on from.
-    replaced = {"image", "video"} - said.keys() if "image" in said or "video" in said else set()
-    try:
-        made = _Settings(
-            prompt=facts.get("prompt"),
-            negative_prompt=facts.get("negative_prompt"),
-            task=facts["task"],
-            image=None,
-            video=None,
-            audio=None,
-            seed=int(facts["seed"]),
-            temperature=float(facts["temperature"]),
-            top_k=int(facts["top_k"]),
-            top_p=float(facts["top_p"]),
-            guidance_scale=float(facts.get("guidance_scale", 1)),  # not said before there was guidance
-            repetition_penalty=None if "repetition_penalty" not in facts else float(facts["repetition_penalty"]),
-            repetition_window=None if "repetition_window" not in facts else int(facts["repetition_window"]),
-            decoding=facts.get("decoding"),  # said of parallel decoding alone
-            steps=None if "steps" not in facts else int(facts["steps"]),
-            schedule=facts.get("schedule"),
-            order=facts.get("order"),
-            choice_temperature=None if "choice_temperature" not in facts else float(facts["choice_temperature"]),
-            guidance_start=float(facts.get("guidance_start", 0)) if "decoding" in facts else None,
-            guidance_stop=float(facts.get("guidance_stop", 1)) if "decoding" in facts else None,
-            upsample=True if "upsample_steps" in facts else None,
-            upsample_steps=None if "upsample_steps" not in facts else int(facts["upsample_steps"]),
-            upsample_temperature=None if "upsample_steps" not in facts else float(facts["upsample_temperature"]),
-            lora=_adapter_of(path, facts, asked.lora, bundle),
-            engine=facts["engine"],
-        )
-        given = {
-            kind: (facts[f"given_{kind}"], facts[f"given_{kind}_sha256"])
-            for kind in GIVEN
-            if f"given_{kind}" in facts and kind not in replaced
-        }
-    except (KeyError, ValueError) as error:
-        raise ConfigError(
-            f"{path} does not say all that made it ({error}): its metadata was changed since, or is of an older Poet."
-        ) from error
-    found: dict[str, Any] = {kind: _find_given(path, kind, *known, said.get(kind)) for kind, known in given.items()}
-    made = dataclasses.replace(made, **found)
-    if said.get("upsample") is False:
-        made = dataclasses.replace(made, upsample_steps=None, upsample_temperature=None)
-    if said.get("decoding", made.decoding) != "parallel":
-        made = dataclasses.replace(made, **dict.fromkeys(PARALLEL))
-    settings = dataclasses.replace(made, **said)
-    if settings.guidance_scale == 1 and "negative_prompt" not in said:
-        settings = dataclasses.replace(settings, negative_prompt=None)
-    return settings, facts.get("ids_sha256") if settings == made else None
-
-
-def _find_given(clip: Path, kind: str, name: str, expected: str, named: Path | None) -> Path:
-    """The file that a clip was made from: the one that is named now, or one of its old name beside the clip or here."""
-    from poet.media import hash_file
-
-    if named is not None:
-        if (sha256 := hash_file(named)) != expected:
-            raise ConfigError(
-                f"--{kind} must be the file that {clip} was made from, {name!r} with the sha256 {expected[:12]!r}; "
-                f"{named} has {sha256[:12]!r}. Name that file, or leave --like out."
-            )
-        return named
-    others = []
-    # A name that leads elsewhere was not written by Poet.
-    for place in dict.fromkeys((clip.parent / name, Path(name))) if Path(name).name == name else ():
-        try:
-            if hash_file(place) == expected:
-                return place
-        except MediaError:
-            continue
-        others.append(f"{place} has another content")
-    raise ConfigError(
-        f"{clip} was made from the {kind} {name!r} with the sha256 {expected[:12]!r}, which is neither beside it nor "
-        f"in the working directory{''.join(f'; {other}' for other in others)}. Give it with --{kind}."
-    )
-
-
-def _adapter_of(path: Path, facts: Mapping[str, str], named: Path | None, bundle: Bundle) -> Path | None:
-    """The adapter that a clip was made with, which must be named: a clip does not say where it lies."""
-    wanted = facts.get("adapter_sha256")
-    if wanted is None:
-        return None
-    found = "none" if named is None else read_one(named, bundle)[0].sha256
-    if found != wanted:
-        raise ConfigError(
-            f"{path} was made with the adapter {facts.get('adapter')!r}, {wanted[:12]} (sha256), got {found[:12]}. "
-            "Name it with --lora."
-        )
-    return named
-
-
-def _check_bundle(path: Path, facts: Mapping[str, str], bundle: Bundle) -> None:
-    """Refuse a bundle of another vocabulary or with other weights: neither can write the clip again."""
-    made_with = f"{path} was made with the bundle {facts.get('bundle', 'unknown')!r}"
-    if facts.get("fingerprint") != bundle.fingerprint:
-        raise ConfigError(
-            f"{made_with} of the fingerprint {facts.get('fingerprint', '')[:12]!r}, {bundle.path} has the fingerprint "
-            f"{bundle.fingerprint[:12]!r}. Name that bundle with --model."
-        )
-    if facts.get("weights_sha256", bundle.weights_sha256) != bundle.weights_sha256:
-        raise ConfigError(
-            f"{made_with} of the weights {facts['weights_sha256'][:12]!r}, {bundle.path} has the weights "
-            f"{bundle.weights_sha256[:12]!r} (sha256) on the same tokenizers. Name that bundle with --model."
-        )
-
-
-def _check_upsampler(path: Path, facts: Mapping[str, str], bundle: Bundle) -> None:
-    """Refuse another upsampler, or settings of one that the command line does not have."""
-    if facts.get("upsampler_sha256", bundle.upsampler_sha256) != bundle.upsampler_sha256:
-        raise ConfigError(
-            f"{path} was made with the upsampler {facts['upsampler_sha256'][:12]!r}, {bundle.path} has "
-            f"{bundle.upsampler_sha256[:12] or 'none'!r} (sha256). Name that bundle with --model, or say --no-upsample."
-        )
-    known = {"upsampler_sha256", "upsample_steps", "upsample_temperature"}
-    if others := sorted(name for name in facts if name.startswith("upsample") and name not in known):
-        raise ConfigError(
-            f"{path} was upsampled with {', '.join(others)}, for which there are no options. Make it again from "
-            "Python, or say --no-upsample."
-        )
+    count = pipeline.geometry.num_frames
+    if films:
+        return stream_film(pipeline, films[0]), 1 + (count - 1) * len(films[0].scenes)
+    return stream_clip(pipeline, requests[0]), count
 
 
 def _targets(output: Path | None, num_samples: int, task: Task) -> list[Path]:

@@ -21,6 +21,7 @@ from poet.media.opening import (
 )
 from poet.media.picture import Fit
 from poet.media.reading import read_audio, read_clip, read_image
+from poet.media.streaming import ClipStream
 from poet.media.writing import WRITABLE_SUFFIXES, check_target, write_clip
 
 __all__ = [
@@ -33,6 +34,7 @@ __all__ = [
     "MAX_STREAMS",
     "WRITABLE_SUFFIXES",
     "Clip",
+    "ClipStream",
     "Fit",
     "MediaInfo",
     "check_target",

@@ -11,11 +11,13 @@ from typing import Any
 
 import av
 import numpy as np
+from av.audio.codeccontext import AudioCodecContext
 from av.audio.frame import AudioFrame
 from av.audio.resampler import AudioResampler
 from av.audio.stream import AudioStream
 from av.container import OutputContainer
 from av.filter import Graph
+from av.video.codeccontext import VideoCodecContext
 from av.video.format import VideoFormat
 from av.video.frame import VideoFrame
 from av.video.reformatter import ColorPrimaries, ColorRange, Colorspace, ColorTrc, VideoReformatter
@@ -29,7 +31,7 @@ from poet.media.opening import MAX_FRAME_PIXELS, pack_metadata
 from poet.media.picture import ENLARGE
 from poet.media.resampling import round_half_up
 
-_BT709 = 1
+BT709 = 1
 """ffmpeg's number for the matrix of high-definition video. Untagged files get their colours guessed by players."""
 
 _MAX_GIF_FPS = 50
@@ -39,7 +41,7 @@ _SMALL_PICTURE = 512 * 512
 
 
 @dataclass(frozen=True, kw_only=True)
-class _Film:
+class Film:
     """How one container is filled."""
 
     format: str
@@ -50,9 +52,13 @@ class _Film:
     sample_format: str
     sample_rates: tuple[int, ...]
 
+    def rate_for(self, sample_rate: int) -> int:
+        """The sample rate to encode at: the next one that the codec knows, its highest for still higher ones."""
+        return next((rate for rate in self.sample_rates if rate >= sample_rate), self.sample_rates[-1])
 
-_FILMS = {
-    ".mp4": _Film(
+
+FILMS = {
+    ".mp4": Film(
         format="mp4",
         options={"movflags": "+faststart"},  # the index first, so that a browser starts before all is loaded
         video_codec="libx264",
@@ -62,7 +68,7 @@ _FILMS = {
         sample_format="fltp",
         sample_rates=(7350, 8000, 11025, 12000, 16000, 22050, 24000, 32000, 44100, 48000, 64000, 88200, 96000),
     ),
-    ".webm": _Film(
+    ".webm": Film(
         format="webm",
         options={},
         video_codec="libvpx-vp9",
@@ -124,14 +130,11 @@ def write_clip(clip: Clip, path: str | Path, metadata: dict[str, str] | None = N
     target = Path(path)
     check_target(target, has_video=clip.frames is not None, has_audio=clip.samples is not None)
     suffix = target.suffix.lower()
-    if metadata is not None and not all(isinstance(x, str) for pair in metadata.items() for x in pair):
-        raise ConfigError(f"metadata must map strings to strings, got {metadata!r}. Convert the values with str().")
-    comment = pack_metadata(metadata) if metadata is not None else None
-    # Beside the target, so that moving it there is one step on one disk; absolute, so that no name reads as an address.
-    part = target.parent.resolve() / f".poet-{secrets.token_hex(8)}{suffix}"
+    comment = comment_of(metadata)
+    part = part_beside(target)
     try:
         _WRITERS[suffix](clip, part, comment)
-        _settle(part)
+        settle(part)
         part.replace(target)
     except MediaError as error:
         raise MediaError(f"{path}: {error}") from error
@@ -147,14 +150,33 @@ def write_clip(clip: Clip, path: str | Path, metadata: dict[str, str] | None = N
         part.unlink(missing_ok=True)
 
 
-def _settle(part: Path) -> None:
+def comment_of(metadata: dict[str, str] | None) -> str | None:
+    """What a container's comment must be to keep this metadata; None for None.
+
+    Raises:
+        ConfigError: metadata is not a dict of strings.
+    """
+    if metadata is None:
+        return None
+    if not all(isinstance(x, str) for pair in metadata.items() for x in pair):
+        raise ConfigError(f"metadata must map strings to strings, got {metadata!r}. Convert the values with str().")
+    return pack_metadata(metadata)
+
+
+def part_beside(target: Path) -> Path:
+    """A new name in the target's directory for what is not yet whole."""
+    # Beside the target, so that moving it there is one step on one disk; absolute, so that no name reads as an address.
+    return target.parent.resolve() / f".poet-{secrets.token_hex(8)}{target.suffix.lower()}"
+
+
+def settle(part: Path) -> None:
     """Wait until the bytes lie on the disk: a crash after the move must not leave an empty file."""
     with part.open("rb") as file:
         os.fsync(file.fileno())
 
 
 def _write_film(clip: Clip, part: Path, comment: str | None) -> None:
-    film = _FILMS[part.suffix]
+    film = FILMS[part.suffix]
     with av.open(part, "w", format=film.format, container_options=film.options) as container:
         if comment is not None:
             container.metadata["comment"] = comment
@@ -166,35 +188,44 @@ def _write_film(clip: Clip, part: Path, comment: str | None) -> None:
         if video is not None and clip.frames is not None:
             reformatter = VideoReformatter()
             for index, pixels in enumerate(clip.frames):
-                _encode_frame(container, video, _to_yuv420(reformatter, pixels), index, fps)
+                encode_frame(container, video, to_yuv420(reformatter, pixels), index, fps)
                 container.mux(next(sounds, []))
-            _mux_video(container, video.encode(None), fps)
+            mux_video(container, video.encode(None), fps)
         for packets in sounds:
             container.mux(packets)
 
 
-def _add_video(container: OutputContainer, film: _Film, clip: Clip) -> VideoStream:
+def _add_video(container: OutputContainer, film: Film, clip: Clip) -> VideoStream:
     assert clip.frames is not None
-    _, height, width, _ = clip.frames.shape
-    stream: Any = container.add_stream(film.video_codec, rate=exact_fps(clip.fps), options=dict(film.video_options))
-    stream.height, stream.width, stream.pix_fmt = height + height % 2, width + width % 2, "yuv420p"
-    stream.colorspace = stream.color_primaries = stream.color_trc = _BT709
-    stream.color_range = int(ColorRange.MPEG)
-    if height * width <= _SMALL_PICTURE:
-        stream.codec_context.thread_count = 1  # starting threads costs more than encoding a small picture
+    stream = container.add_stream(film.video_codec, rate=exact_fps(clip.fps), options=dict(film.video_options))
     assert isinstance(stream, VideoStream)
+    set_up_video(stream.codec_context, *clip.frames.shape[1:3])
     return stream
 
 
-def _add_audio(container: OutputContainer, film: _Film, clip: Clip) -> AudioStream:
-    rate = next((r for r in film.sample_rates if r >= clip.sample_rate), film.sample_rates[-1])
-    stream = container.add_stream(film.audio_codec, rate=rate, layout="mono")
+def _add_audio(container: OutputContainer, film: Film, clip: Clip) -> AudioStream:
+    stream = container.add_stream(film.audio_codec, rate=film.rate_for(clip.sample_rate), layout="mono")
     assert isinstance(stream, AudioStream)
-    stream.codec_context.bit_rate = min(128_000, 6 * rate)  # 6 bits per sample is the most that AAC allows
+    set_up_audio(stream.codec_context)
     return stream
 
 
-def _to_yuv420(reformatter: VideoReformatter, pixels: NDArray[np.uint8]) -> VideoFrame:
+def set_up_video(encoder: VideoCodecContext, height: int, width: int) -> None:
+    """Prepare an encoder for what `to_yuv420` makes of frames of height x width."""
+    encoder.height, encoder.width, encoder.pix_fmt = height + height % 2, width + width % 2, "yuv420p"
+    encoder.colorspace = encoder.color_primaries = encoder.color_trc = BT709
+    encoder.color_range = int(ColorRange.MPEG)
+    if height * width <= _SMALL_PICTURE:
+        encoder.thread_count = 1  # starting threads costs more than encoding a small picture
+
+
+def set_up_audio(encoder: AudioCodecContext) -> None:
+    """Choose the quality of a mono encoder whose sample rate is set."""
+    encoder.bit_rate = min(128_000, 6 * encoder.sample_rate)  # 6 bits per sample is the most that AAC allows
+
+
+def to_yuv420(reformatter: VideoReformatter, pixels: NDArray[np.uint8]) -> VideoFrame:
+    """The frame that an encoder takes for (H, W, 3) uint8 RGB; odd sizes gain a copy of their last row or column."""
     height, width, _ = pixels.shape
     if height % 2 or width % 2:
         pixels = np.pad(pixels, ((0, height % 2), (0, width % 2), (0, 0)), mode="edge")
@@ -210,14 +241,21 @@ def _to_yuv420(reformatter: VideoReformatter, pixels: NDArray[np.uint8]) -> Vide
     )
 
 
-def _encode_frame(
-    container: OutputContainer, stream: VideoStream, frame: VideoFrame, index: int, fps: Fraction
-) -> None:
+def to_sound(samples: NDArray[np.float32], sample_rate: int, place: int) -> AudioFrame:
+    """The frame that a resampler takes for (S,) float32 samples, the first of which is heard at place / sample_rate."""
+    frame = AudioFrame.from_ndarray(np.ascontiguousarray(samples[None]), format="flt", layout="mono")
+    frame.sample_rate, frame.pts, frame.time_base = sample_rate, place, Fraction(1, sample_rate)
+    return frame
+
+
+def encode_frame(container: OutputContainer, stream: VideoStream, frame: VideoFrame, index: int, fps: Fraction) -> None:
+    """Encode frame number `index` and put what comes out into the container."""
     frame.pts, frame.time_base = index, 1 / fps
-    _mux_video(container, stream.encode(frame), fps)
+    mux_video(container, stream.encode(frame), fps)
 
 
-def _mux_video(container: OutputContainer, packets: list[Any], fps: Fraction) -> None:
+def mux_video(container: OutputContainer, packets: list[Any], fps: Fraction) -> None:
+    """Put coded pictures into the container."""
     for packet in packets:
         if not packet.duration and packet.time_base:
             # Encoders leave it out; without it the last frame, or the only one, would last no time at all.
@@ -225,7 +263,7 @@ def _mux_video(container: OutputContainer, packets: list[Any], fps: Fraction) ->
         container.mux(packet)
 
 
-def _encoded_audio(clip: Clip, stream: AudioStream, film: _Film, fps: Fraction) -> Iterator[list[Any]]:
+def _encoded_audio(clip: Clip, stream: AudioStream, film: Film, fps: Fraction) -> Iterator[list[Any]]:
     """Packets of the sound under each frame in turn, then of the rest; each turn is as long as one frame."""
     assert clip.samples is not None
     rate = stream.rate
@@ -234,10 +272,7 @@ def _encoded_audio(clip: Clip, stream: AudioStream, film: _Film, fps: Fraction) 
     while place < length:
         turn += 1
         end = min(length, max(place + 1, round_half_up(turn * clip.sample_rate / fps)))
-        frame = AudioFrame.from_ndarray(
-            np.ascontiguousarray(clip.samples[None, place:end]), format="flt", layout="mono"
-        )
-        frame.sample_rate, frame.pts, frame.time_base = clip.sample_rate, place, Fraction(1, clip.sample_rate)
+        frame = to_sound(clip.samples[place:end], clip.sample_rate, place)
         yield [packet for part in resampler.resample(frame) for packet in stream.encode(part)]
         place = end
     rest = [packet for part in resampler.resample(None) for packet in stream.encode(part)]
@@ -256,8 +291,8 @@ def _write_gif(clip: Clip, part: Path, comment: str | None) -> None:
         stream.pix_fmt = "pal8"
         palette = _palette(frames, fps)
         for index, frame in enumerate(_paletted(frames, palette, fps)):
-            _encode_frame(container, stream, frame, index, fps)
-        _mux_video(container, stream.encode(None), fps)
+            encode_frame(container, stream, frame, index, fps)
+        mux_video(container, stream.encode(None), fps)
     if comment is not None:
         part.write_bytes(chunks.with_gif_comment(part.read_bytes(), comment))
 

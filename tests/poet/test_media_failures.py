@@ -350,7 +350,7 @@ def test_an_interruption_in_the_middle_leaves_the_old_file_and_nothing_else(
 ) -> None:
     write_clip(small_clip(), tmp_path / "a.mp4")
     before = (tmp_path / "a.mp4").read_bytes()
-    real, calls = writing._encode_frame, []
+    real, calls = writing.encode_frame, []
 
     def fail_at_the_third(*arguments: Any) -> None:
         calls.append(arguments)
@@ -358,7 +358,7 @@ def test_an_interruption_in_the_middle_leaves_the_old_file_and_nothing_else(
             raise error
         real(*arguments)
 
-    monkeypatch.setattr(writing, "_encode_frame", fail_at_the_third)
+    monkeypatch.setattr(writing, "encode_frame", fail_at_the_third)
     expected = MediaError if isinstance(error, OSError) else KeyboardInterrupt
     with pytest.raises(expected, match="No space left" if isinstance(error, OSError) else None):
         write_clip(small_clip(), tmp_path / "a.mp4")
