@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Annotated
+from typing import TYPE_CHECKING, Annotated
 
 import typer
 
@@ -12,21 +12,27 @@ from poet.cli.generate import parallel_decoding, upsampling
 from poet.cli.output import progress, show_lines, show_result
 from poet.errors import ConfigError
 
+if TYPE_CHECKING:
+    from poet.evaluation.measure import Measured
+
 __all__ = ["evaluate"]
 
-KINDS = ("generation", "reconstruction", "upsampling")
+DEFAULT_TASK = "text_to_video_audio"
+
+KINDS = ("generation", "films", "reconstruction", "upsampling")
 
 
 def evaluate(
     model: Annotated[Path | None, typer.Argument(help="A bundle; the shipped one when left out.")] = None,
     output: Annotated[Path, typer.Option("-o", "--output", help="Directory of the report.")] = Path("evaluation"),
     what: Annotated[
-        str, typer.Option(help="generation, reconstruction (the tokenizers alone) or upsampling.")
+        str, typer.Option(help="generation, films, reconstruction (the tokenizers alone) or upsampling.")
     ] = "generation",
     split: Annotated[list[str], typer.Option(help="A split of clips; repeatable.")] = ["seen", "unseen"],  # noqa: B006
-    count: Annotated[int, typer.Option(min=1, help="Clips a split.")] = 200,
+    count: Annotated[int, typer.Option(min=1, help="Clips, or films, a split.")] = 200,
     start: Annotated[int, typer.Option(min=0, help="Number of the first clip of each split.")] = 0,
-    task: Annotated[str, typer.Option(help="The task to evaluate.")] = "text_to_video_audio",
+    num_scenes: Annotated[int, typer.Option(min=1, help="Of films: scenes of each.")] = 8,
+    task: Annotated[str, typer.Option(help="The task to evaluate.")] = DEFAULT_TASK,
     seed: Annotated[int, typer.Option(help="Of the first clip; counted up.")] = 0,
     temperature: Annotated[float | None, typer.Option(help="The bundle's own when left out.")] = None,
     top_k: Annotated[int | None, typer.Option(help="The bundle's own when left out.")] = None,
@@ -56,7 +62,7 @@ def evaluate(
     if what not in KINDS:
         raise ConfigError(f"--what must be {', '.join(KINDS[:-1])} or {KINDS[-1]}, got {what!r}.")
     from poet.bundle import Bundle, default_bundle
-    from poet.evaluation import measure
+    from poet.evaluation import films, measure
 
     bundle = Bundle.open(default_bundle() if model is None else model, require_model=what != "reconstruction")
     if what == "reconstruction":
@@ -88,22 +94,46 @@ def evaluate(
         )
         larger = upsampling(upsample, steps=upsample_steps, temperature=upsample_temperature)
         adapters = read_one(lora, bundle)
-        with progress("evaluating") as advance:
-            measured = measure.generation(
-                bundle,
-                split,
-                count,
-                start,
-                output,
-                task=task,
-                seed=seed,
-                engine=engine,
-                sampling=sampling,
-                decoding=parallel,
-                upsampling=larger,
-                adapter=adapters[0] if adapters else None,
-                progress=advance,
-            )
+        adapter = adapters[0] if adapters else None
+        if what == "films":
+            if larger is not None or task != DEFAULT_TASK:
+                raise ConfigError("--what films takes neither --upsample nor --task: leave them out.")
+            with progress("evaluating films") as advance:
+                measured = films.evaluate_films(
+                    bundle,
+                    split,
+                    count,
+                    start,
+                    output,
+                    num_scenes=num_scenes,
+                    seed=seed,
+                    engine=engine,
+                    sampling=sampling,
+                    decoding=parallel,
+                    adapter=adapter,
+                    progress=advance,
+                )
+        else:
+            with progress("evaluating") as advance:
+                measured = measure.generation(
+                    bundle,
+                    split,
+                    count,
+                    start,
+                    output,
+                    task=task,
+                    seed=seed,
+                    engine=engine,
+                    sampling=sampling,
+                    decoding=parallel,
+                    upsampling=larger,
+                    adapter=adapter,
+                    progress=advance,
+                )
+    _show(measured, json)
+
+
+def _show(measured: Measured, json: bool) -> None:
     if json:
         show_result(measured.facts, json)
     else:

@@ -30,7 +30,7 @@ from poet.data.toybox import SIZES, ToyboxClip, Trajectory, go_on
 from poet.data.toybox_films import FILM_SCENES, draw_film
 from poet.errors import ConfigError, ShapeError
 from poet.evaluation.judge import ATTRIBUTES, SYNCED_MOTIONS, UNCLEAR, Verdict, judge, judge_clip
-from poet.evaluation.measure import SHOWN, SYNC, Advance, Measured, _about, _make_directory
+from poet.evaluation.measure import SHOWN, SYNC, Advance, Measured, about_run, make_directory
 from poet.evaluation.report import Results, summarise, tables, write_report
 from poet.generation.canvas import ParallelDecoding
 from poet.generation.engine import decodings_for, load_engine
@@ -362,8 +362,8 @@ def evaluate_films(
     splits = list(dict.fromkeys(splits))
     for split in splits:  # a wrong name or number is told before the long work
         draw_film(split, start, min(num_scenes, 1))
-    _make_directory(output)
-    about = _about(bundle)  # before the long work: while it lasts, the working tree may change
+    make_directory(output)
+    about = about_run(bundle)  # before the long work: while it lasts, the working tree may change
     said = {name: value for name, value in (sampling or {}).items() if value is not None}
     settings: dict[str, Any] = bundle.generation_config.sampling(parallel=decoding is not None) | said
     weights = bundle.weights_sha256  # of the files that the engine is about to read

@@ -34,7 +34,15 @@ from poet.media import Clip
 from poet.model.lora import Adapter
 from poet.tasks import Task, get_task
 
-__all__ = ["Measured", "commit_of", "generation", "reconstruction", "upsampling"]
+__all__ = [
+    "Measured",
+    "about_run",
+    "commit_of",
+    "generation",
+    "make_directory",
+    "reconstruction",
+    "upsampling",
+]
 
 Advance = Callable[[int, int, str], None]
 
@@ -107,8 +115,8 @@ def generation(
         )
     bundle.check_trained(task)
     splits = _check_splits(splits, start)
-    _make_directory(output)
-    about = _about(bundle)  # before the long work: while it lasts, the working tree may change
+    make_directory(output)
+    about = about_run(bundle)  # before the long work: while it lasts, the working tree may change
     said = {name: value for name, value in sampling.items() if value is not None}
     settings: dict[str, Any] = bundle.generation_config.sampling(parallel=decoding is not None) | said
     scores: dict[str, list[dict[str, bool]]] = {}
@@ -191,8 +199,8 @@ def reconstruction(
     found: dict[str, Any] = {}
     shown: list[str] = []
     splits = _check_splits(splits, start)
-    _make_directory(output)
-    about = _about(bundle)  # before the long work: while it lasts, the working tree may change
+    make_directory(output)
+    about = about_run(bundle)  # before the long work: while it lasts, the working tree may change
     for split in splits:
         drawn = [draw(split, start + number) for number in range(count)]
         report = evaluate_reconstruction(
@@ -256,8 +264,8 @@ def upsampling(
     """
     bundle.check_upsampler()
     splits = _check_splits(splits, start)
-    _make_directory(output)
-    about = _about(bundle)  # before the long work: while it lasts, the working tree may change
+    make_directory(output)
+    about = about_run(bundle)  # before the long work: while it lasts, the working tree may change
     text_to_video = get_task("text_to_video")
     measures: dict[str, float] = {}
     scores: dict[str, list[dict[str, bool]]] = {}
@@ -385,8 +393,12 @@ def _check_splits(splits: Sequence[str], start: int) -> list[str]:
     return list(dict.fromkeys(splits))
 
 
-def _make_directory(path: Path) -> None:
-    """Before the long work, so that a name that cannot be used is told at once."""
+def make_directory(path: Path) -> None:
+    """Make the directory of a report, before the long work, so that a name that cannot be used is told at once.
+
+    Raises:
+        MediaError: it cannot be made.
+    """
     try:
         path.mkdir(parents=True, exist_ok=True)
     except OSError as error:
@@ -417,7 +429,8 @@ def commit_of(checkout: Path) -> str | None:
     return f"{commit} with changes" if changed else commit
 
 
-def _about(bundle: Bundle) -> dict[str, object]:
+def about_run(bundle: Bundle) -> dict[str, object]:
+    """What a report says of where its figures come from: bundle, version, commit, date, machine."""
     commit = commit_of(Path(__file__).parents[2])
     return {
         "bundle": bundle.path.name,
