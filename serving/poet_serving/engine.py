@@ -63,6 +63,7 @@ class VLLMEngine(StreamingEngine):
             `poet_serving.superresolution`), which needs a whole bundle.
         adapters: LoRA adapters of the bundle's model, any mix of which, and none, may be in one batch.
         num_scenes: Scenes of the longest film; 1 (scenes that stand alone) takes somewhat less time an id.
+        full_attention: Whether every layer sees all scenes of a film, to compare what that costs.
 
     Raises:
         CheckpointError: The directory holds no model.
@@ -83,6 +84,7 @@ class VLLMEngine(StreamingEngine):
         decodings: Sequence[str] = ("autoregressive",),
         adapters: Sequence[Adapter] = (),
         num_scenes: int = 1,
+        full_attention: bool = False,
     ) -> None:
         self._vllm: Any = None
         self._canvases: Any = None
@@ -98,6 +100,7 @@ class VLLMEngine(StreamingEngine):
             num_threads=num_threads,
             adapters=tuple(adapters),
             num_scenes=num_scenes,
+            full_attention=full_attention,
         )
         if VLLMEngine._running:
             raise ConfigError("a process must run one vLLM engine at a time. Close the other one first.")

@@ -21,7 +21,7 @@ from poet.model.config import PoetConfig
 from poet.model.lora import Adapter
 from poet_serving.adapters import adapter_arguments
 
-__all__ = ["BLOCK_SIZE", "PROMPT_LENGTHS_KEY", "EngineSettings", "set_environment"]
+__all__ = ["BLOCK_SIZE", "FULL_ATTENTION_KEY", "PROMPT_LENGTHS_KEY", "EngineSettings", "set_environment"]
 
 BLOCK_SIZE: Final = 128
 """Ids in one page of the cache; the CPU kernels want a multiple of 32."""
@@ -31,6 +31,9 @@ PROMPT_LENGTHS_KEY: Final = "rswa_window"
 
 It belongs to reference sliding-window attention, which the CPU backend does not implement, so nothing else listens.
 """
+
+FULL_ATTENTION_KEY: Final = "films_with_full_attention"
+"""The configuration key that makes every layer see all scenes of a film."""
 
 SMALL_MODEL: Final = 50_000_000
 """Parameters. Below, a step's kernels are so short that waking threads for each costs more than they save, and on a
@@ -69,6 +72,8 @@ class EngineSettings:
             after another, else as many as PyTorch has.
         adapters: LoRA adapters that requests may name.
         num_scenes: scenes of the longest film; 1: scenes stand alone.
+        full_attention: whether every layer sees all scenes of a film, to compare what that costs: no model is trained
+            so.
     """
 
     bundle_dir: Path
@@ -79,6 +84,7 @@ class EngineSettings:
     num_threads: int | None = None
     adapters: tuple[Adapter, ...] = ()
     num_scenes: int = 1
+    full_attention: bool = False
 
     def __post_init__(self) -> None:
         options = ("max_num_seqs", "num_threads", "num_scenes")
@@ -191,7 +197,7 @@ class EngineSettings:
             "max_num_seqs": self.max_num_seqs,
             "max_model_len": self.longest,
             "enforce_eager": True,
-            "hf_overrides": {PROMPT_LENGTHS_KEY: 1},
+            "hf_overrides": {PROMPT_LENGTHS_KEY: 1} | ({FULL_ATTENTION_KEY: True} if self.full_attention else {}),
             "enable_prefix_caching": False,
             "enable_chunked_prefill": False,
             "async_scheduling": False,
@@ -202,15 +208,23 @@ class EngineSettings:
     @property
     def _blocks_each(self) -> int:
         scene = -(-self.config.scene_length // BLOCK_SIZE)
-        if self.num_scenes == 1:
-            return scene  # a page holds all layers
+        if not self._pages_by_layer:
+            return scene * self.num_scenes  # a page holds all layers
         return -(-self.longest // BLOCK_SIZE) + (self.config.num_layers - 1) * scene  # each one of its own
 
     @property
-    def _block_bytes(self) -> int:
-        layers = self.config.num_layers if self.num_scenes == 1 else 1
-        numbers = 2 * layers * self.config.num_kv_heads * self.config.head_dim * BLOCK_SIZE
+    def page_bytes(self) -> int:
+        """Of the keys and values of one layer, `BLOCK_SIZE` ids of them."""
+        numbers = 2 * self.config.num_kv_heads * self.config.head_dim * BLOCK_SIZE
         return numbers * (4 if self.dtype == "float32" else 2)
+
+    @property
+    def _pages_by_layer(self) -> bool:
+        return self.num_scenes > 1 and not self.full_attention
+
+    @property
+    def _block_bytes(self) -> int:
+        return self.page_bytes * (1 if self._pages_by_layer else self.config.num_layers)
 
 
 def _read_config(bundle_dir: Path) -> PoetConfig:

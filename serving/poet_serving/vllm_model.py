@@ -29,7 +29,7 @@ from poet.errors import ConfigError
 from poet_serving.adapters import AdapterRows, adapted_product
 from poet_serving.attention import PrefixAttention, is_compiled
 from poet_serving.scenes import CanvasAttention, SceneAttention, attend_to_all_scenes, register_pages
-from poet_serving.settings import PROMPT_LENGTHS_KEY
+from poet_serving.settings import FULL_ATTENTION_KEY, PROMPT_LENGTHS_KEY
 
 __all__ = [
     "BidirectionalDecoderLayer",
@@ -262,8 +262,11 @@ def _normed(x: Tensor, weight_and_epsilon: tuple[Tensor, float]) -> Tensor:
 
 
 def takes_films(config: VllmConfig) -> bool:
-    """Whether requests may be longer than a scene: earlier scenes of a film and the one that is written."""
-    return bool(config.model_config.max_model_len > config.model_config.hf_config.scene_length)
+    """Whether requests may be longer than a scene, and the layers above the first see the last scene alone."""
+    model = config.model_config
+    return bool(
+        model.max_model_len > model.hf_config.scene_length and not getattr(model.hf_config, FULL_ATTENTION_KEY, False)
+    )
 
 
 def _takes_direct_layers(config: VllmConfig) -> bool:
