@@ -33,7 +33,7 @@ CONFIG = PoetConfig(
     scene_length=38,
     max_position_embeddings=512,
 )
-LENGTH = 114
+LENGTH = 190
 CUTS = {
     "one process": Parallelism(),
     "tensor 2": Parallelism(tensor_parallel_size=2),
@@ -47,13 +47,13 @@ CUTS = {
 
 
 def layouts() -> dict[str, SceneLayout]:
-    prefixes = torch.tensor([[5, 17, 0], [11, 3, 23]])
+    prefixes = torch.tensor([[5, 17, 0, 29, 9], [11, 3, 23, 1, 37]])
     packed = torch.tensor([[31, 53, 19], [7, 0, 61]])
     return {
         "scenes with a prefix": SceneLayout.from_prefix_lengths(
             torch.tensor([13, 29]), torch.tensor([114, 71]), LENGTH
         ),
-        "films of three scenes": SceneLayout.from_films(prefixes, CONFIG.scene_length),
+        "films of five scenes": SceneLayout.from_films(prefixes, CONFIG.scene_length),
         "packed rows": SceneLayout.from_packed(torch.tensor([[5, 17, 19], [7, 0, 11]]), packed, LENGTH),
         "a scene in parallel": SceneLayout.from_prefix_lengths(
             torch.tensor([13, 29]), torch.tensor([114, 71]), LENGTH, parallel=torch.tensor([True, False])
