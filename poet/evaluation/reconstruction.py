@@ -15,7 +15,6 @@ import numpy as np
 import torch
 from numpy.typing import NDArray
 from torch import Tensor
-from torchmetrics.functional.image import structural_similarity_index_measure
 
 from poet.errors import ConfigError
 from poet.media import Clip
@@ -241,6 +240,8 @@ class _Meter:
 
     def add_video(self, codes: Tensor, before: Tensor, after: Tensor) -> None:
         """Codes (B, T, h, w) int64; before and after (B, N, H, W, 3) uint8."""
+        from torchmetrics.functional.image import structural_similarity_index_measure  # seconds, for this alone
+
         assert self._video_counts is not None
         self._video_counts += torch.bincount(codes.flatten(), minlength=len(self._video_counts))
         one, other = before.float() / 255, after.float() / 255

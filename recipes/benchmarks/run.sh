@@ -3,6 +3,7 @@
 #   SKIP_CODEC=1   leave out the codec (its peer needs an environment of its own, which takes some minutes to build)
 #   SKIP_VLLM=1    leave out vLLM
 #   SKIP_PARALLEL=1 leave out parallel decoding (half an hour)
+#   SKIP_FILMS=1   leave out films (ten minutes)
 #   SKIP_MEGATRON=1 leave out the Megatron trainer
 #   PEER=folder    where the codec's peer is or shall be installed
 set -euo pipefail
@@ -31,6 +32,12 @@ if [ -n "${SKIP_PARALLEL:-}" ]; then
   echo "skipped by SKIP_PARALLEL: parallel against autoregressive decoding"
 else
   python $HERE/parallel_versus_autoregressive.py
+fi
+
+if [ -n "${SKIP_FILMS:-}" ]; then
+  echo "skipped by SKIP_FILMS: films against full attention"
+else
+  python $HERE/films_versus_full_attention.py
 fi
 
 if [ -n "${SKIP_MEGATRON:-}" ]; then
