@@ -23,6 +23,7 @@ from poet.cli.data import encode, reconstruct
 from poet.cli.evaluate import evaluate
 from poet.cli.generate import generate
 from poet.cli.info import info
+from poet.cli.merge import merge
 from poet.cli.output import note
 from poet.cli.train import train
 from poet.errors import ConfigError, PoetError
@@ -41,7 +42,7 @@ EXIT_ERROR, EXIT_INTERRUPTED = 1, 130
 
 def build_app() -> typer.Typer:
     """All commands, those of installed packages included (entry-point group `poet.commands`), which are not loaded."""
-    own = (generate, reconstruct, encode, train, evaluate, info)
+    own = (generate, reconstruct, encode, train, merge, evaluate, info)
     names = {command.__name__ for command in own}
     plugins = sorted(entry_points(group="poet.commands"), key=lambda entry: entry.name)
     ignored = [entry for entry in plugins if entry.name in names]

@@ -68,7 +68,7 @@ def train(
         def report(step: int, steps: int, metrics: Mapping[str, float]) -> None:
             advance(step, steps, ", ".join(f"{name} {metrics[name]:.4g}" for name in _shown(metrics)))
 
-        result = train_recipe(recipe, set_ or [], directory, device=device, progress=report)
+        result = train_recipe(recipe, set_ or [], directory, device=device, progress=report, say=note)
     if os.environ.get("RANK", "0") != "0":
         return
     if not result.finished:

@@ -21,14 +21,22 @@ from typing import Any, Final
 
 import torch
 from safetensors import SafetensorError
-from safetensors.torch import load
+from safetensors.torch import load, save_file
 from torch import Tensor
 
 from poet.errors import CheckpointError, ConfigError
 from poet.model.config import PoetConfig
 from poet.model.transformer import PoetTransformer
 
-__all__ = ["FINGERPRINT_KEY", "Adapter", "hash_adapter", "merge_adapter", "read_adapter"]
+__all__ = [
+    "FINGERPRINT_KEY",
+    "Adapter",
+    "adapter_metadata",
+    "hash_adapter",
+    "merge_adapter",
+    "read_adapter",
+    "write_adapter",
+]
 
 CONFIG_FILE: Final = "adapter_config.json"
 WEIGHTS_FILE: Final = "adapter_model.safetensors"
@@ -144,6 +152,33 @@ def merge_adapter(model: PoetTransformer, adapter: Adapter) -> None:
         weight = weights[f"{matrix}.weight"]
         change = adapter.scale * (second.float() @ first.float())
         weight.copy_(weight.float() + change.to(weight.device))
+
+
+def write_adapter(directory: Path, config: Mapping[str, Any], tensors: Mapping[str, Tensor], fingerprint: str) -> None:
+    """Write an adapter in PEFT's files.
+
+    Args:
+        directory: made if missing.
+        config: PEFT's description, plain values.
+        tensors: by PEFT's names.
+        fingerprint: of the vocabulary of the bundle that it belongs to.
+    """
+    directory.mkdir(parents=True, exist_ok=True)
+    plain = {name: sorted(value) if isinstance(value, set) else value for name, value in config.items()}
+    stored = {name: tensor.detach().to("cpu", torch.float32).contiguous() for name, tensor in tensors.items()}
+    # One key alone: of two, safetensors writes now one and now the other first, and no two files would be alike.
+    save_file(stored, directory / WEIGHTS_FILE, metadata={FINGERPRINT_KEY: fingerprint})
+    text = json.dumps(plain, indent=1, sort_keys=True, default=str)
+    (directory / CONFIG_FILE).write_text(text + "\n", encoding="utf-8")
+
+
+def adapter_metadata(path: Path) -> dict[str, str]:
+    """What an adapter's weights file says of itself, such as the fingerprint of its bundle's vocabulary.
+
+    Raises:
+        CheckpointError: it cannot be read.
+    """
+    return _metadata(path / WEIGHTS_FILE, _read(path)[1])
 
 
 def hash_adapter(path: Path) -> str:

@@ -40,7 +40,16 @@ from poet.training.parallelism import Parallelism
 from poet.training.replicas import Replicas
 from poet.training.speed import SpeedLog
 
-__all__ = ["LanguageRecipe", "LanguageRun", "LanguageTraining", "ModelSize", "TaskPhase", "check_trainable"]
+__all__ = [
+    "LanguageRecipe",
+    "LanguageRun",
+    "LanguageTraining",
+    "ModelSize",
+    "TaskPhase",
+    "check_trainable",
+    "rows_of",
+    "scene_losses",
+]
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -444,7 +453,7 @@ class LanguageTraining(LanguageRun):
         for number in range(self.recipe.validation_batches):
             batch = self.validation.batch(number)
             loss_mask = batch["loss_mask"].to(self.device)
-            losses = self._losses(self.average.module, batch, loss_mask, target_losses)
+            losses = self._losses(self.average.module, batch, target_losses)
             means = modality_means(losses, batch["modality"].to(self.device), loss_mask, MODALITIES)
             for name, value in {"loss": float(losses.mean()), **means}.items():
                 sums.setdefault(name, []).append(value)
@@ -493,10 +502,10 @@ class LanguageTraining(LanguageRun):
         total = int(loss_mask.sum())
 
         def work(model: nn.Module, number: int) -> Tensor:
-            part = slice(borders[number], borders[number + 1])
             measure = functools.partial(backward_from_targets, total=total)
-            own = cast(Batch, {name: tensor[part] for name, tensor in cast(dict[str, Tensor], batch).items()})
-            return self._losses(model, own, loss_mask[part], measure, self.teacher)
+            return self._losses(
+                model, rows_of(batch, slice(borders[number], borders[number + 1])), measure, self.teacher
+            )
 
         return torch.cat(self.replicas.backward(work))
 
@@ -504,18 +513,48 @@ class LanguageTraining(LanguageRun):
         self,
         model: nn.Module,
         batch: Batch,
-        loss_mask: Tensor,
         measure: Callable[..., Tensor],
         teacher: GuidedTeacher | None = None,
     ) -> Tensor:
         """(P,) losses of a batch's targets by `target_losses` or `backward_from_targets`."""
         assert isinstance(model, PoetTransformer)
-        ids, inputs = batch["ids"].to(self.device), batch["inputs"].to(self.device)
-        layout, positions = layout_of(batch)
-        layout = layout.to(self.device)
-        positions = None if positions is None else positions.to(self.device)
-        with torch.autocast(self.device.type, dtype=torch.bfloat16, enabled=self.recipe.precision == "bf16"):
-            hidden = model(inputs, layout, positions)
-            if teacher is not None:
-                measure = functools.partial(measure, guided=teacher.targets(inputs, layout, positions))
-            return measure(hidden, ids, loss_mask, model.logits)
+        bf16 = self.recipe.precision == "bf16"
+        return scene_losses(model, batch, measure, device=self.device, bf16=bf16, teacher=teacher)
+
+
+def rows_of(batch: Batch, rows: slice) -> Batch:
+    """Some rows of a batch."""
+    return cast(Batch, {name: tensor[rows] for name, tensor in cast(dict[str, Tensor], batch).items()})
+
+
+def scene_losses(
+    model: PoetTransformer,
+    batch: Batch,
+    measure: Callable[..., Tensor],
+    *,
+    device: torch.device,
+    bf16: bool,
+    teacher: GuidedTeacher | None = None,
+) -> Tensor:
+    """The losses of a batch's targets.
+
+    Args:
+        model: on `device`.
+        batch: of scenes or films.
+        measure: `target_losses` or `backward_from_targets`.
+        device: to compute on.
+        bf16: whether under autocast.
+        teacher: of what masked scenes learn in place of their ids.
+
+    Returns:
+        (P,) float32.
+    """
+    ids, inputs, loss_mask = (batch[name].to(device) for name in ("ids", "inputs", "loss_mask"))
+    layout, positions = layout_of(batch)
+    layout = layout.to(device)
+    positions = None if positions is None else positions.to(device)
+    with torch.autocast(device.type, dtype=torch.bfloat16, enabled=bf16):
+        hidden = model(inputs, layout, positions)
+        if teacher is not None:
+            measure = functools.partial(measure, guided=teacher.targets(inputs, layout, positions))
+        return measure(hidden, ids, loss_mask, model.logits)

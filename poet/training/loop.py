@@ -18,7 +18,7 @@ import time
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import closing, contextmanager
 from pathlib import Path
-from typing import Any, Final, Protocol
+from typing import Any, Final, Protocol, runtime_checkable
 
 import torch
 from safetensors import SafetensorError
@@ -33,6 +33,7 @@ __all__ = [
     "LoopConfig",
     "Progress",
     "Speed",
+    "StopsEarly",
     "Trainable",
     "cosine_schedule",
     "fit",
@@ -63,6 +64,15 @@ class Trainable(Protocol):
 
     def export(self, directory: Path) -> None:
         """Write the finished thing."""
+
+
+@runtime_checkable
+class StopsEarly(Protocol):
+    """What may be done before the last step, such as after validations that become no better."""
+
+    @property
+    def is_done(self) -> bool:
+        """Whether it is."""
 
 
 class Speed(Protocol):
@@ -226,7 +236,7 @@ def fit(
         stop = checkpoints.agree(stopped())[0]
         if speed is not None:
             speed.start()
-        while step < config.num_steps and not stop:
+        while step < config.num_steps and not stop and not _is_done(trainable):
             metrics = trainable.train_step(step)
             step += 1
             _check_finite(metrics, step)
@@ -250,11 +260,15 @@ def fit(
                 _save(trainable, step, log, checkpoints)
                 saved_at = time.monotonic()
         _save(trainable, step, log, checkpoints)
-    finished = step >= config.num_steps
+    finished = step >= config.num_steps or _is_done(trainable)
     if finished:
         with writing(directory / "export"):
             trainable.export(directory / "export")
     return FitResult(step=step, finished=finished, seconds=time.monotonic() - started, metrics=newest)
+
+
+def _is_done(trainable: Trainable) -> bool:
+    return isinstance(trainable, StopsEarly) and trainable.is_done
 
 
 @contextmanager

@@ -8,7 +8,7 @@ import os
 import signal
 import time
 import warnings
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from contextlib import nullcontext, suppress
 from pathlib import Path
 from typing import Any
@@ -36,7 +36,7 @@ from poet.training.video_tokenizer import VideoTokenizerRecipe, VideoTokenizerTr
 
 __all__ = ["KINDS", "LoopOptions", "check_parallel", "plan", "train"]
 
-KINDS = ("video_tokenizer", "audio_tokenizer", "text_tokenizer", "tokenizer_bundle", "language", "upsampler")
+KINDS = ("video_tokenizer", "audio_tokenizer", "text_tokenizer", "tokenizer_bundle", "language", "upsampler", "lora")
 LAYOUT_KEYS = frozenset({"parallel"})  # what a run may go on without: it changes nothing that is learnt
 RECIPE_FILE = "recipe.yaml"
 ENDLESS = 10**9  # clips of a source that is drawn
@@ -75,6 +75,7 @@ def train(
     *,
     device: str = "cpu",
     progress: Progress | None = None,
+    say: Callable[[str], None] | None = None,
 ) -> FitResult:
     """Train what a recipe names, or go on where an earlier run in `directory` stopped.
 
@@ -87,6 +88,7 @@ def train(
         directory: of the run: checkpoint, metrics, plot, the resolved recipe, and `export/` at the end.
         device: "cpu" or "cuda".
         progress: called after every step.
+        say: told what is being prepared, and what the run needs where that is known.
 
     Raises:
         ConfigError: the recipe cannot be used, `directory` holds a run of another recipe, or another process is
@@ -105,7 +107,7 @@ def train(
     try:
         # Around all that is written: a run that is refused must not have changed the recipe of the one that goes on.
         with alone_in(directory) if os.environ.get("RANK", "0") == "0" else nullcontext():
-            return _train(kind, values, options, directory, device, progress)
+            return _train(kind, values, options, directory, device, progress, say)
     except PoetError:
         if not was_there:
             with suppress(OSError):  # something has been written
@@ -114,7 +116,13 @@ def train(
 
 
 def _train(
-    kind: str, values: Mapping[str, Any], options: LoopOptions, directory: Path, device: str, progress: Progress | None
+    kind: str,
+    values: Mapping[str, Any],
+    options: LoopOptions,
+    directory: Path,
+    device: str,
+    progress: Progress | None,
+    say: Callable[[str], None] | None,
 ) -> FitResult:
     if kind == "text_tokenizer":
         return _train_text(build(TextTokenizerRecipe, values), directory)
@@ -137,6 +145,8 @@ def _train(
             from poet.training.megatron_trainer import train_with_megatron
 
         return train_with_megatron(language, loop, directory, device=device, progress=progress)
+    if kind == "lora":
+        return _train_adapter(values, options, directory, device, progress, say)
     settings, trainable = _build(kind, values, device)
     _keep_recipe(kind, settings, directory)
     loop = LoopConfig(num_steps=settings.num_steps, **dataclasses.asdict(options))
@@ -304,6 +314,25 @@ def _train_text(recipe: TextTokenizerRecipe, directory: Path) -> FitResult:
         tokenizer.save(directory / "export")
     seconds = time.monotonic() - started
     return FitResult(step=1, finished=True, seconds=seconds, metrics={"pieces": float(tokenizer.spec.num_pieces)})
+
+
+def _train_adapter(
+    values: Mapping[str, Any],
+    options: LoopOptions,
+    directory: Path,
+    device: str,
+    progress: Progress | None,
+    say: Callable[[str], None] | None,
+) -> FitResult:
+    """Clips are encoded first, under the recipe that the run will go on with."""
+    from poet.training.lora import LoraRecipe, LoraTraining  # PEFT takes seconds to import
+
+    recipe = build(LoraRecipe, values)
+    _keep_recipe("lora", recipe, directory)
+    with writing(directory / "shards"):
+        training = LoraTraining(recipe, directory, device=device, say=say)
+    loop = LoopConfig(num_steps=recipe.num_steps, **dataclasses.asdict(options))
+    return fit(training, loop, directory, progress=progress)
 
 
 def _assemble(recipe: TokenizerBundleRecipe, directory: Path) -> FitResult:
