@@ -29,6 +29,7 @@ if TYPE_CHECKING:
     from poet_tokenizers.base import AudioTokenizer, TextTokenizer, VideoTokenizer
 
 __all__ = [
+    "TRAINED_FILMS_KEY",
     "TRAINED_PARALLEL_KEY",
     "TRAINED_TASKS_KEY",
     "Bundle",
@@ -47,6 +48,7 @@ PHRASES_FILE: Final = "phrases.json"
 UPSAMPLER_DIRECTORY: Final = "upsampler"
 FINGERPRINT_KEY: Final = "poet_fingerprint"
 TRAINED_TASKS_KEY: Final = "trained_tasks"
+TRAINED_FILMS_KEY: Final = "trained_films"
 TRAINED_PARALLEL_KEY: Final = "trained_parallel"
 TOKENIZER_KINDS: Final = ("video", "audio", "text")
 
@@ -365,6 +367,19 @@ class Bundle:
                 f"the model {self.path.name} has not learnt to write many ids at once (its config.json does not say "
                 f"{TRAINED_PARALLEL_KEY}). Write one id after another, or choose a bundle that was trained with a "
                 "parallel_share."
+            )
+
+    def check_films(self) -> None:
+        """Raise if the bundle says what its model has learnt, and films are not among it: it would write nonsense.
+
+        Raises:
+            ConfigError: they are not.
+        """
+        if self.config is not None and self.trained_tasks is not None and not self.config.get(TRAINED_FILMS_KEY):
+            raise ConfigError(
+                f"the model {self.path.name} has not learnt scenes behind earlier scenes (its config.json does not say "
+                f"{TRAINED_FILMS_KEY}). Write single clips, let scenes see none before them (--memory 0), or choose a "
+                "bundle that was trained with films."
             )
 
     @cached_property

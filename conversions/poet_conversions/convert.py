@@ -15,7 +15,7 @@ import yaml
 from safetensors.torch import save_file
 from torch import Tensor
 
-from poet.bundle import TRAINED_PARALLEL_KEY, TRAINED_TASKS_KEY, Bundle, check_fingerprint
+from poet.bundle import TRAINED_FILMS_KEY, TRAINED_PARALLEL_KEY, TRAINED_TASKS_KEY, Bundle, check_fingerprint
 from poet.bundle_writing import export_bundle
 from poet.errors import CheckpointError, ConfigError
 from poet.model.attention import SceneLayout
@@ -143,6 +143,7 @@ def _about(bundle: Bundle) -> files.About:
         trained_tasks=None if tasks is None else tuple(tasks),
         dtype=str(content.get("dtype", "float32")),
         trained_parallel=content.get(TRAINED_PARALLEL_KEY) is True,
+        trained_films=content.get(TRAINED_FILMS_KEY) is True,
     )
 
 
@@ -167,4 +168,6 @@ def _write_bundle(target: Path, tokenizers: Bundle, weights: dict[str, Tensor], 
         config[TRAINED_TASKS_KEY] = list(about.trained_tasks)
     if about.trained_parallel:
         config[TRAINED_PARALLEL_KEY] = True
+    if about.trained_films:
+        config[TRAINED_FILMS_KEY] = True
     export_bundle(target, tokenizers, config, lambda path: save_file(stored, path, metadata={"format": "pt"}))

@@ -186,6 +186,8 @@ class FilmScenes:
         self._memory = most if request.memory is None else min(most, request.memory)
         if request.loop or request.end is not None:
             pipeline.bundle.check_parallel()
+        if self._memory and (len(request.scenes) > 1 or request.start is not None):
+            pipeline.bundle.check_films()
         if request.loop and request.start is None and len(request.scenes) < 2:
             raise ConfigError("a film that arrives where it began must have two scenes or more, or a clip to start.")
         # All scenes are looked at now, so that a long film does not end at its last prompt.

@@ -20,7 +20,7 @@ import torch
 from safetensors.torch import save_file
 from torch import Tensor, nn
 
-from poet.bundle import TRAINED_PARALLEL_KEY, TRAINED_TASKS_KEY, Bundle
+from poet.bundle import TRAINED_FILMS_KEY, TRAINED_PARALLEL_KEY, TRAINED_TASKS_KEY, Bundle
 from poet.bundle_writing import export_bundle
 from poet.data.films import FilmLoader, layout_of
 from poet.data.loader import Batch, SceneLoader
@@ -341,7 +341,8 @@ class LanguageRun:
             self.bundle,
             config
             | {TRAINED_TASKS_KEY: sorted(self.trained_tasks)}
-            | ({TRAINED_PARALLEL_KEY: True} if self.recipe.parallel_share > 0 else {}),
+            | ({TRAINED_PARALLEL_KEY: True} if self.recipe.parallel_share > 0 else {})
+            | ({TRAINED_FILMS_KEY: True} if self.films is not None else {}),
             lambda path: save_file(weights, path, metadata={"format": "pt"}),
             overwrite=True,
         )

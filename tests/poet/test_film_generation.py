@@ -293,6 +293,18 @@ def test_films_that_cannot_be_are_refused(pipeline: Pipeline) -> None:
         next(stream_clip(pipeline, ClipRequest(task="text_to_audio", text="a")))
 
 
+def test_a_model_that_has_not_learnt_films_is_not_asked_for_them(bundle: Bundle) -> None:
+    content = dict(bundle.config or {}) | {"trained_tasks": ["text_to_video_audio", "unconditional"]}
+    with TorchEngine(bundle.path) as engine:
+        ignorant = Pipeline(dataclasses.replace(bundle, config=content), engine)
+        with pytest.raises(ConfigError, match="has not learnt scenes behind earlier scenes"):
+            film(ignorant)
+        assert len(film(ignorant, memory=0, scenes=("a", "b")).scenes) == 2
+        assert len(film(ignorant, scenes=("a",)).scenes) == 1
+        taught = Pipeline(dataclasses.replace(bundle, config=content | {"trained_films": True}), engine)
+        assert len(film(taught, scenes=("a", "b")).scenes) == 2
+
+
 def test_the_first_scenes_are_forgotten_where_positions_end(pipeline: Pipeline, asked: list[GenerationRequest]) -> None:
     film(pipeline, scenes=("a",) * 8)
     length = pipeline.bundle.model_config.scene_length

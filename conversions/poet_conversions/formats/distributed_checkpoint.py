@@ -51,6 +51,7 @@ class About:
         trained_tasks: task names, or none if nobody knows.
         dtype: in which a bundle holds its weights.
         trained_parallel: whether the model has learnt to write many ids at once.
+        trained_films: whether it has learnt scenes behind earlier scenes.
     """
 
     config: PoetConfig
@@ -58,6 +59,7 @@ class About:
     trained_tasks: tuple[str, ...] | None
     dtype: str
     trained_parallel: bool = False
+    trained_films: bool = False
 
     def to_dict(self) -> dict[str, Any]:
         """Plain values; inverse of `from_dict`."""
@@ -68,6 +70,7 @@ class About:
             "trained_tasks": tasks,
             "dtype": self.dtype,
             "trained_parallel": self.trained_parallel,
+            "trained_films": self.trained_films,
         }
 
     @classmethod
@@ -80,6 +83,7 @@ class About:
             trained_tasks=None if tasks is None else tuple(tasks),
             dtype=str(values["dtype"]),
             trained_parallel=bool(values.get("trained_parallel", False)),  # not said before there was such a way
+            trained_films=bool(values.get("trained_films", False)),
         )
 
 
