@@ -369,13 +369,19 @@ class Bundle:
                 "parallel_share."
             )
 
+    @property
+    def trained_films(self) -> int | None:
+        """Scenes of the longest films that the bundle says its model has learnt; None where it says nothing of them."""
+        found = None if self.config is None else self.config.get(TRAINED_FILMS_KEY)
+        return found if isinstance(found, int) and not isinstance(found, bool) and found > 0 else None
+
     def check_films(self) -> None:
         """Raise if the bundle says what its model has learnt, and films are not among it: it would write nonsense.
 
         Raises:
             ConfigError: they are not.
         """
-        if self.config is not None and self.trained_tasks is not None and not self.config.get(TRAINED_FILMS_KEY):
+        if self.trained_tasks is not None and self.trained_films is None:
             raise ConfigError(
                 f"the model {self.path.name} has not learnt scenes behind earlier scenes (its config.json does not say "
                 f"{TRAINED_FILMS_KEY}). Write single clips, let scenes see none before them (--memory 0), or choose a "

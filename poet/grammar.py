@@ -81,7 +81,7 @@ def place_ranges(grammar: Grammar) -> tuple[NDArray[np.int64], NDArray[np.int64]
 
 
 def pin(grammar: Grammar, known: Mapping[int, int]) -> Grammar:
-    """The grammar of those outputs that hold the known ids at their places; engines write these without asking.
+    """The grammar of those outputs that hold the known ids at their places.
 
     Args:
         grammar: of outputs of one length.
@@ -93,7 +93,10 @@ def pin(grammar: Grammar, known: Mapping[int, int]) -> Grammar:
     low, high = place_ranges(grammar)
     for place, id in known.items():
         if not 0 <= place < len(low) or not low[place] <= id < high[place]:
-            raise VocabularyError(f"a pinned id must fit its place of {len(low)}, got {id} at {place}.")
+            raise VocabularyError(
+                f"a pinned id must fit its place of {len(low)}, got {id} at {place}. Take ids of the same vocabulary "
+                "and places of the same output."
+            )
     segments: list[Segment] = []
     place = 0
     for segment in grammar:

@@ -143,7 +143,7 @@ def _about(bundle: Bundle) -> files.About:
         trained_tasks=None if tasks is None else tuple(tasks),
         dtype=str(content.get("dtype", "float32")),
         trained_parallel=content.get(TRAINED_PARALLEL_KEY) is True,
-        trained_films=content.get(TRAINED_FILMS_KEY) is True,
+        trained_films=content.get(TRAINED_FILMS_KEY),
     )
 
 
@@ -169,5 +169,5 @@ def _write_bundle(target: Path, tokenizers: Bundle, weights: dict[str, Tensor], 
     if about.trained_parallel:
         config[TRAINED_PARALLEL_KEY] = True
     if about.trained_films:
-        config[TRAINED_FILMS_KEY] = True
+        config[TRAINED_FILMS_KEY] = about.trained_films
     export_bundle(target, tokenizers, config, lambda path: save_file(stored, path, metadata={"format": "pt"}))

@@ -31,7 +31,7 @@ def evaluate(
     split: Annotated[list[str], typer.Option(help="A split of clips; repeatable.")] = ["seen", "unseen"],  # noqa: B006
     count: Annotated[int, typer.Option(min=1, help="Clips, or films, a split.")] = 200,
     start: Annotated[int, typer.Option(min=0, help="Number of the first clip of each split.")] = 0,
-    num_scenes: Annotated[int, typer.Option(min=1, help="Of films: scenes of each.")] = 8,
+    num_scenes: Annotated[int | None, typer.Option(min=1, help="Of films: scenes of each, 8 when left out.")] = None,
     task: Annotated[str, typer.Option(help="The task to evaluate.")] = DEFAULT_TASK,
     seed: Annotated[int, typer.Option(help="Of the first clip; counted up.")] = 0,
     temperature: Annotated[float | None, typer.Option(help="The bundle's own when left out.")] = None,
@@ -61,6 +61,8 @@ def evaluate(
     """Generate clips for captions of drawn clips and judge them; or send drawn clips through a part of the bundle."""
     if what not in KINDS:
         raise ConfigError(f"--what must be {', '.join(KINDS[:-1])} or {KINDS[-1]}, got {what!r}.")
+    if num_scenes is not None and what != "films":
+        raise ConfigError("--num-scenes is an option of --what films: leave it out.")
     from poet.bundle import Bundle, default_bundle
     from poet.evaluation import films, measure
 
@@ -105,7 +107,7 @@ def evaluate(
                     count,
                     start,
                     output,
-                    num_scenes=num_scenes,
+                    num_scenes=num_scenes or 8,
                     seed=seed,
                     engine=engine,
                     sampling=sampling,

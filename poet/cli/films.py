@@ -15,7 +15,7 @@ if TYPE_CHECKING:
     from poet.generation.film import FilmRequest
     from poet.media import Clip
 
-__all__ = ["check_film_options", "film_decodings", "film_requests", "read_scenes"]
+__all__ = ["check_film_options", "film_requests", "read_scenes"]
 
 MAX_STORY_BYTES: Final = 10_000_000
 NO_PROMPT: Final = "-"
@@ -86,7 +86,9 @@ def check_film_options(settings: GenerateSettings) -> None:
                 f"--{name} is an option of single clips: leave it out, or --scene, --scenes and --num-scenes."
             )
     if settings.image is not None and settings.video is not None:
-        raise ConfigError("give an image or a video, not both: either one is what the film goes on from.")
+        raise ConfigError(
+            f"a film must go on from an image or a video, got {settings.image} and {settings.video}. Leave one out."
+        )
 
 
 def film_requests(
@@ -114,13 +116,13 @@ def film_requests(
         MediaError: a clip to begin or end with cannot be read.
         ConfigError: a film that cannot be.
     """
-    from poet.generation.film import FilmRequest
+    from poet.generation.film import FilmRequest, check_film
     from poet.generation.sampling import SamplingConfig
 
     assert settings.scenes is not None
     start = _read(settings.image or settings.video, bundle, still=settings.image is not None)
     end = _read(settings.until, bundle, still=False)
-    return [
+    films = [
         FilmRequest(
             scenes=settings.scenes,
             negative_text=settings.negative_prompt,
@@ -134,13 +136,8 @@ def film_requests(
         )
         for number in range(count)
     ]
-
-
-def film_decodings(request: FilmRequest) -> list[str]:
-    """What an engine must be started with: a film that arrives somewhere has its last scene written in parallel."""
-    arrives = request.loop or request.end is not None
-    first = "autoregressive" if request.decoding is None else "parallel"
-    return list(dict.fromkeys([first, *(["parallel"] if arrives else [])]))
+    check_film(bundle, films[0])
+    return films
 
 
 def _read(path: Path | None, bundle: Bundle, *, still: bool) -> Clip | None:

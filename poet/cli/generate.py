@@ -3,14 +3,14 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Generator, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
 from poet.cli.adapters import read_one
-from poet.cli.films import check_film_options, film_decodings, film_requests, read_scenes
+from poet.cli.films import check_film_options, film_requests, read_scenes
 from poet.cli.output import Advance, keep_what_is_read, note, progress, show_result
 from poet.cli.settings import PARALLEL, GenerateSettings, settings_like
 from poet.cli.streams import check_stream, stream_to_file
@@ -178,7 +178,7 @@ def generate(
     options: dict[str, Any] = {"decodings": decodings_for(parallel=parallel is not None, upsampling=larger is not None)}
     films: list[FilmRequest] = []
     if is_film:
-        from poet.generation.film import scenes_needed
+        from poet.generation.film import decodings_needed, scenes_needed
 
         films = film_requests(
             settings,
@@ -189,7 +189,7 @@ def generate(
             decoding=parallel,
             adapter=adapter,
         )
-        options = {"decodings": film_decodings(films[0]), "num_scenes": scenes_needed(bundle, films)}
+        options = {"decodings": decodings_needed(films), "num_scenes": scenes_needed(bundle, films)}
     requests = [
         ClipRequest(
             task=chosen,
@@ -259,7 +259,7 @@ def _write(
 
 def _stream(
     pipeline: Pipeline, films: Sequence[FilmRequest], requests: Sequence[ClipRequest]
-) -> tuple[Iterator[Piece], int]:
+) -> tuple[Generator[Piece, None, None], int]:
     """The pieces of the one that is asked for, and about how many frames they have."""
     from poet.generation.streaming import stream_clip, stream_film
 

@@ -93,13 +93,19 @@ def settings_like(path: Path, asked: GenerateSettings, bundle: Bundle) -> tuple[
         _check_upsampler(path, facts, bundle)
     _check_bundle(path, facts, bundle)
     said = {name: value for name, value in vars(asked).items() if value is not None}
+    is_film = facts["task"] == FILM
+    if is_film and asked.prompt is not None and asked.scenes is None:
+        raise ConfigError(
+            f"{path} is a film, whose prompts are those of its scenes; got {asked.prompt!r} beside it. Give prompts by "
+            "--scene, --scenes or --num-scenes, or leave it out."
+        )
     # Either one takes the place of what the clip went on from.
     replaced = {"image", "video"} - said.keys() if "image" in said or "video" in said else set()
     try:
         made = GenerateSettings(
             prompt=facts.get("prompt"),
             negative_prompt=facts.get("negative_prompt"),
-            task=None if facts["task"] == FILM else facts["task"],
+            task=None if is_film or asked.scenes is not None else facts["task"],
             image=None,
             video=None,
             audio=None,
@@ -122,7 +128,7 @@ def settings_like(path: Path, asked: GenerateSettings, bundle: Bundle) -> tuple[
             upsample_temperature=None if "upsample_steps" not in facts else float(facts["upsample_temperature"]),
             lora=_adapter_of(path, facts, asked.lora, bundle),
             engine=facts["engine"],
-            scenes=tuple(json.loads(facts["scenes"])) if facts["task"] == FILM else None,
+            scenes=_scenes_of(facts["scenes"]) if is_film else None,
             memory=None if "memory" not in facts else int(facts["memory"]),
             loop=True if "loop" in facts else None,
         )
@@ -145,6 +151,18 @@ def settings_like(path: Path, asked: GenerateSettings, bundle: Bundle) -> tuple[
     if settings.guidance_scale == 1 and "negative_prompt" not in said:
         settings = dataclasses.replace(settings, negative_prompt=None)
     return settings, facts.get("ids_sha256") if settings == made else None
+
+
+def _scenes_of(text: str) -> tuple[str | None, ...]:
+    """The prompts of a film's scenes.
+
+    Raises:
+        ValueError: it is no list of them.
+    """
+    scenes = json.loads(text)
+    if not isinstance(scenes, list) or not all(scene is None or isinstance(scene, str) for scene in scenes):
+        raise ValueError(f"scenes must be a list of prompts, they are {text[:80]!r}")
+    return tuple(scenes)
 
 
 def _find_given(clip: Path, kind: str, name: str, expected: str, named: Path | None) -> Path:

@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+import contextlib
 import time
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Generator, Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -32,7 +33,7 @@ def check_stream(targets: Sequence[Path]) -> None:
 
 
 def stream_to_file(
-    pieces: Iterator[Piece],
+    pieces: Generator[Piece, None, None],
     geometry: ClipGeometry,
     target: Path,
     sources: Mapping[str, str],
@@ -59,13 +60,16 @@ def stream_to_file(
 
     started, first_frame, done = time.monotonic(), 0.0, 0
     piece = next(pieces)  # a request that cannot be is refused before there is a file
+    facts = (piece.metadata or {}) | dict(sources)
     rate = geometry.sample_rate if has_sound else None
     height, width = geometry.resolution
     with (
+        contextlib.closing(pieces),  # the writer has stopped before its engine is closed
         ClipStream(target, fps=geometry.fps, height=height, width=width, sample_rate=rate) as file,
         progress("writing frames") as advance,
     ):
-        while piece.metadata is None:
+        file.metadata = facts if keep_metadata else None
+        while not piece.is_last:
             if piece.frames is not None:
                 file.write(frames=piece.frames)
                 first_frame = first_frame or time.monotonic() - started
@@ -74,7 +78,7 @@ def stream_to_file(
             if piece.samples is not None:
                 file.write(samples=piece.samples)
             piece = next(pieces)
-        facts = piece.metadata | dict(sources)
+        facts = (piece.metadata or {}) | dict(sources)
         file.metadata = facts if keep_metadata else None
     return {
         "file": str(target),

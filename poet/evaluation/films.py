@@ -13,22 +13,19 @@ import itertools
 import json
 import math
 import statistics
-import textwrap
 import time
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any, Final
 
 import numpy as np
-from matplotlib.axes import Axes
-from matplotlib.backends.backend_agg import FigureCanvasAgg
-from matplotlib.figure import Figure
 from numpy.typing import NDArray
 
 from poet.bundle import Bundle
 from poet.data.toybox import SIZES, ToyboxClip, Trajectory, go_on
 from poet.data.toybox_films import FILM_SCENES, draw_film
 from poet.errors import ConfigError, ShapeError
+from poet.evaluation.film_sheet import LEAST_JUMP, LONGEST_SHEET, SCENES_PER_LINE, film_sheet
 from poet.evaluation.judge import ATTRIBUTES, SYNCED_MOTIONS, UNCLEAR, Verdict, judge, judge_clip
 from poet.evaluation.measure import SHOWN, SYNC, Advance, Measured, about_run, make_directory
 from poet.evaluation.report import Results, summarise, tables, write_report
@@ -46,7 +43,6 @@ __all__ = [
     "FilmVerdict",
     "click_ratio",
     "evaluate_films",
-    "film_sheet",
     "judge_film",
     "measure_films",
     "scene_table",
@@ -55,8 +51,6 @@ __all__ = [
 
 IDENTITY: Final = ("colour", "shape", "size")
 """What an object keeps through a film."""
-LEAST_JUMP: Final = 4.0
-"""Pixels of a 64 x 64 frame from which on an object that begins a scene elsewhere counts as having jumped."""
 LEAST_CLICK: Final = 2.0
 """Ratio from which on a border counts as one that clicks."""
 
@@ -66,11 +60,6 @@ _AROUND_BORDER = 0.25  # seconds on either side whose jumps it is compared with
 _LEAST_STEP = 1e-3  # of full scale, from one sample to the next: less counts as this much, for it is not heard
 _SHRUNK = 0.85  # of its full width; an object that is smaller than this has shrunk
 _MEETING = 0.01  # pixels; drawn scenes whose tracks end and begin so near to each other are one film's
-
-_SCENES_PER_LINE = 8  # of a contact sheet
-_SHEET_WIDTH, _LINE_HEIGHT, _DOTS_PER_INCH = 16.0, 1.2, 100  # inches
-_LINES_OF_WORDS = 5  # below a scene
-_INK, _RIGHT, _WRONG = "#222222", "#1a7f37", "#c5221f"
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -369,6 +358,7 @@ def evaluate_films(
     weights = bundle.weights_sha256  # of the files that the engine is about to read
     adapters = () if adapter is None else (adapter,)
     verdicts: dict[str, list[FilmVerdict]] = {}
+    looks: dict[str, list[tuple[Sequence[Clip], Sequence[ToyboxClip], FilmVerdict]]] = {}
     measures: dict[str, float | None] = {}
     seconds, ids = 0.0, 0
     writer = load_engine(
@@ -385,6 +375,7 @@ def evaluate_films(
             clicks: list[float] = []
             drawn_clicks: list[float] = []
             shown: list[tuple[Sequence[Clip], Sequence[ToyboxClip], FilmVerdict]] = []
+            room = max(1, LONGEST_SHEET * SCENES_PER_LINE // num_scenes)  # films of a sheet
             for first in range(0, count, _BATCH):
                 numbers = range(first, min(first + _BATCH, count))
                 told = [tell_scenes(split, start + number, num_scenes) for number in numbers]
@@ -405,12 +396,12 @@ def evaluate_films(
                 clicks += [ratio for film in made for ratio in _border_clicks(film.clip, film.scenes)]
                 drawn_clicks += [ratio for drawn in told for ratio in _drawn_clicks(drawn)]
                 scenes = [film.scenes for film in made]
-                shown += list(zip(scenes, told, judged, strict=True))[: SHOWN - len(shown)]
+                shown += list(zip(scenes, told, judged, strict=True))[: min(SHOWN, room) - len(shown)]
                 films += judged
             verdicts[split] = films
             found = measure_films(films) | _measure_clicks(clicks, drawn_clicks)
             measures |= {f"{name}, {split}": value for name, value in found.items()}
-            film_sheet(shown, output / f"{split}.png")
+            looks[split] = shown
     finally:
         writer.close()
     about |= {"weights": weights[:12], "engine": engine, **settings, "first seed": seed, "scenes": num_scenes}
@@ -432,6 +423,8 @@ def evaluate_films(
     lines = [line for split, films in verdicts.items() for line in _titled_table(split, films)]
     report = write_report(output, results)
     _add_scenes(output, report, verdicts, lines)
+    for split, films_shown in looks.items():  # last: the report is there whatever becomes of them
+        film_sheet(films_shown, output / f"{split}.png")
     facts = {
         "report": str(output / "report.md"),
         "attributes_right": {split: measures[f"attributes right, {split}"] for split in splits},
@@ -500,72 +493,3 @@ def _add_scenes(
         part = output / f"{name}.part"
         part.write_text(content, encoding="utf-8")
         part.replace(output / name)
-
-
-# ------------------------------------------------------------------------------------------------------------ to look
-
-
-def film_sheet(films: Sequence[tuple[Sequence[Clip], Sequence[ToyboxClip], FilmVerdict]], path: Path) -> None:
-    """Draw films one below the other: first, middle and last frame of each scene, below what was asked for.
-
-    Eight scenes stand in a line; what the judge found otherwise is red.
-
-    Args:
-        films: at least one: its scenes, what each was to show, and what was judged.
-        path: a PNG file, overwritten.
-
-    Raises:
-        ConfigError: no films, or more scenes than fit into one picture (1600).
-    """
-    rows = [
-        (film, range(first, min(first + _SCENES_PER_LINE, len(film[0]))))
-        for film in films
-        for first in range(0, len(film[0]), _SCENES_PER_LINE)
-    ]
-    if not 1 <= len(rows) <= 200:
-        raise ConfigError(
-            f"a sheet of films holds 1 to {200 * _SCENES_PER_LINE} scenes, {_SCENES_PER_LINE} a line, got {len(rows)} "
-            "lines. Split the films over several sheets."
-        )
-    figure = Figure(figsize=(_SHEET_WIDTH, _LINE_HEIGHT * len(rows)), dpi=_DOTS_PER_INCH, facecolor="white")
-    FigureCanvasAgg(figure)
-    width, height = 1 / _SCENES_PER_LINE, 1 / len(rows)
-    for row, ((scenes, drawn, verdict), numbers) in enumerate(rows):
-        bottom = 1 - (row + 1) * height
-        for place, number in enumerate(numbers):
-            left = place * width
-            picture = figure.add_axes((left + 0.04 * width, bottom + 0.45 * height, 0.92 * width, 0.5 * height))
-            words = figure.add_axes((left + 0.04 * width, bottom, 0.92 * width, 0.43 * height))
-            _draw_scene(picture, scenes[number])
-            _write_scene(words, number, drawn[number], verdict)
-    part = path.with_name(path.name + ".part")
-    figure.savefig(part, format="png", dpi=_DOTS_PER_INCH)
-    part.replace(path)
-
-
-def _draw_scene(axes: Axes, clip: Clip) -> None:
-    axes.set_axis_off()
-    if clip.frames is None:
-        axes.text(0.5, 0.5, "no picture", color=_INK, ha="center", va="center", transform=axes.transAxes)
-        return
-    frames = clip.frames[[0, len(clip.frames) // 2, -1]]
-    gap = np.full((frames.shape[1], max(1, frames.shape[2] // 32), 3), 255, np.uint8)
-    axes.imshow(np.concatenate([frames[0], gap, frames[1], gap, frames[2]], axis=1), interpolation="nearest")
-
-
-def _write_scene(axes: Axes, number: int, truth: ToyboxClip, verdict: FilmVerdict) -> None:
-    """What was asked for in black, what was found instead in red, with a jump at the scene's beginning."""
-    axes.set_axis_off()
-    told, seen, marks = truth.attributes, verdict.verdicts[number], verdict.scenes[number]
-    object_told = f"{told.size} {told.colour} {told.shape}, {told.background}; " if number == 0 else ""
-    sound = "silent" if told.timbre == "silent" else f"{told.pitch} {told.timbre}"
-    lines = [(line, _INK) for line in textwrap.wrap(f"{number + 1}: {object_told}{told.motion}, {sound}", 34)]
-    wrong = [f"{name}: {value}" for name, value in seen.as_text().items() if marks.get(name) is False]
-    if marks.get("sync") is False and "sync" not in seen.as_text():
-        wrong.append("sync: none")
-    jump = verdict.jumps[number - 1] if number else 0.0
-    if jump is None or jump >= LEAST_JUMP:
-        wrong.append("no object to follow" if jump is None else f"jump of {jump:.1f}")
-    lines += [(line, _WRONG) for line in textwrap.wrap(", ".join(wrong), 34)] if wrong else [("all right", _RIGHT)]
-    for place, (line, colour) in enumerate(lines[:_LINES_OF_WORDS]):
-        axes.text(0, 1 - place / _LINES_OF_WORDS, line, color=colour, fontsize=6.5, va="top", transform=axes.transAxes)

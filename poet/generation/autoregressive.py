@@ -49,7 +49,7 @@ def write_outputs(
         guides: of each output the prefix that guidance moves it away from, or None; None guides none.
         progress: called after every column with the number of ids written so far in all outputs.
         contexts: of each output the ids of its film's earlier scenes, () where there is none; None: of no output.
-        watch: called after every column with each output that is not done: its number and its ids so far.
+        watch: called after every column with each output that has grown: its number and its ids so far.
 
     Returns:
         The output ids of each prefix, complete in its grammar.
@@ -75,6 +75,8 @@ def write_outputs(
     columns = _left_padded(prefixes)
     max_len = columns.shape[1] + max(map(max_output_length, grammars))
     pasts = [()] * len(grammars) if contexts is None else list(contexts)
+    if len(pasts) != len(grammars):
+        raise ShapeError(f"there must be a past, or (), for each of the {len(grammars)} outputs, got {len(pasts)}.")
     pasts += [pasts[row] for row in guided_rows]
     cache, layout, positions = build_cache(model, pasts, _layout(prefixes, max_len))
     while not all(state.done for state in states):

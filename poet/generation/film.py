@@ -7,7 +7,8 @@ the scene's first latent frame, so the thing stays the same and where it was. Th
 length of that frame and are faded into each other (`poet.generation.joining`). The end of a film can be pinned the same
 way: to the beginning of another clip, or of the film itself.
 
-This file knows scenes, frames and samples; tokenizers, ids and engines are the pipeline's.
+This file knows scenes and how they hang together; prompts, codecs and what an engine is asked for one scene are the
+pipeline's.
 
 Legend: N frames of H x W pixels, S samples, T latent frames of h x w places.
 """
@@ -16,6 +17,7 @@ from __future__ import annotations
 
 import dataclasses
 import json
+import secrets
 from collections.abc import Callable, Sequence
 
 import numpy as np
@@ -27,13 +29,20 @@ from poet.generation.canvas import ParallelDecoding, choose_decoding
 from poet.generation.engine import GenerationRequest
 from poet.generation.joining import Frames, Samples, SeamlessJoin
 from poet.generation.pipeline import ClipRequest, Pipeline, PreparedClip
-from poet.generation.provenance import hash_ids
 from poet.generation.sampling import SamplingConfig
 from poet.grammar import pin
 from poet.media import Clip
 from poet.sequence import PackedScene, Scene, output_places, pack, pad_scene, unpack
 
-__all__ = ["FilmRequest", "FilmScenes", "GeneratedFilm", "scenes_needed", "write_films"]
+__all__ = [
+    "FilmRequest",
+    "FilmScenes",
+    "GeneratedFilm",
+    "check_film",
+    "decodings_needed",
+    "scenes_needed",
+    "write_films",
+]
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -46,14 +55,16 @@ class FilmRequest:
         sampling: how ids are drawn. Its seed is the first scene's and counted up.
         decoding: how to write many ids at once; None writes one after another.
         adapter: name of one of the pipeline's LoRA adapters.
-        memory: how many earlier scenes a scene sees; None: all that the model has positions for.
+        memory: how many earlier scenes a scene sees; None: as many as the model has met in training, or has positions
+            for where the bundle does not say.
         start: a clip to go on from, of any length, at the bundle's size and rates; the film begins with it.
         end: a clip to arrive at; the film ends with it. The last scene is written in parallel then, since what is
             written one id after another cannot know where it has to end.
         loop: whether the film shall arrive where it began.
 
     Raises:
-        ConfigError: no scene, a memory below 0, both a loop and an end, or a clip without pictures.
+        ConfigError: no scene, a memory below 0, both a loop and an end, a loop of one scene, or a clip without
+            pictures.
     """
 
     scenes: tuple[str | None, ...]
@@ -70,11 +81,16 @@ class FilmRequest:
         if not self.scenes:
             raise ConfigError("a film must have at least one scene, got none. Give a prompt for each.")
         if self.memory is not None and self.memory < 0:
-            raise ConfigError(f"memory must be at least 0 earlier scenes, got {self.memory}.")
+            raise ConfigError(f"memory must be at least 0 earlier scenes, got {self.memory}. 0 sees none.")
         if self.loop and self.end is not None:
             raise ConfigError("a film must end where it began or with a clip, not both. Leave one out.")
         if any(clip is not None and clip.frames is None for clip in (self.start, self.end)):
-            raise ConfigError("a film must begin and end with pictures, got a clip that has none.")
+            raise ConfigError("a film must begin and end with pictures, got a clip that has none. Give it frames.")
+        if self.loop and self.start is None and len(self.scenes) < 2:
+            raise ConfigError(
+                "a film that arrives where it began must have two scenes or more, or a clip to start from, got "
+                f"{len(self.scenes)} scene. Add one."
+            )
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -147,20 +163,62 @@ def write_films(
     return results
 
 
+def check_film(bundle: Bundle, request: FilmRequest) -> None:
+    """Raise unless the bundle's model can write such a film; before an engine is started for it.
+
+    Raises:
+        ConfigError: it has not learnt films, or not to write in parallel, or a clip is of another size or rate.
+    """
+    if request.loop or request.end is not None:
+        bundle.check_parallel()
+    if scenes_needed(bundle, [request]) > 1:
+        bundle.check_films()
+    size = bundle.geometry()
+    for name, clip in (("start", request.start), ("end", request.end)):
+        if clip is None or clip.frames is None:
+            continue
+        found = (*clip.frames.shape[1:3], clip.fps, size.sample_rate if clip.samples is None else clip.sample_rate)
+        wanted = (size.height, size.width, size.fps, size.sample_rate)
+        if found != wanted:
+            raise ConfigError(
+                f"the clip at the film's {name} must have {wanted[0]} x {wanted[1]} pixels, {wanted[2]:g} frames and "
+                f"{wanted[3]} samples a second, got {found[0]} x {found[1]}, {found[2]:g} and {found[3]}. Read it with "
+                "poet.media at these."
+            )
+
+
 def scenes_needed(bundle: Bundle, requests: Sequence[FilmRequest]) -> int:
     """Scenes of the longest request of these films, the one that is written included: what engines are started for.
 
     Args:
-        bundle: gives the length of a scene and the positions that the model has.
+        bundle: gives the length of a scene, and how many the model sees.
         requests: the films.
     """
-    step = bundle.generation_config.num_frames - 1
-    longest = 1
+    step, longest = bundle.generation_config.num_frames - 1, 1
     for request in requests:
-        given = 0 if request.start is None or request.start.frames is None else (len(request.start.frames) - 1) // step
-        earlier = given + len(request.scenes) - 1
-        longest = max(longest, 1 + (earlier if request.memory is None else min(earlier, request.memory)))
-    return min(bundle.model_config.max_position_embeddings // bundle.model_config.scene_length, longest)
+        earlier = _given_scenes(request, step) + len(request.scenes) - 1
+        longest = max(longest, 1 + min(earlier, _memory_of(bundle, request)))
+    return longest
+
+
+def decodings_needed(requests: Sequence[FilmRequest]) -> list[str]:
+    """What engines are started with: a film that arrives somewhere has its last scene written in parallel."""
+    ways = ["autoregressive" if request.decoding is None else "parallel" for request in requests]
+    arrives = any(request.loop or request.end is not None for request in requests)
+    return list(dict.fromkeys([*ways, *(["parallel"] if arrives else [])]))
+
+
+def _memory_of(bundle: Bundle, request: FilmRequest) -> int:
+    """Earlier scenes that a scene sees at most."""
+    most = bundle.model_config.max_position_embeddings // bundle.model_config.scene_length - 1
+    if request.memory is not None:
+        return min(most, request.memory)
+    return most if bundle.trained_films is None else min(most, bundle.trained_films - 1)
+
+
+def _given_scenes(request: FilmRequest, step: int) -> int:
+    """Whole scenes of the clip that a film goes on from."""
+    return 0 if request.start is None or request.start.frames is None else (len(request.start.frames) - 1) // step
 
 
 class FilmScenes:
@@ -179,25 +237,20 @@ class FilmScenes:
     """
 
     def __init__(self, pipeline: Pipeline, request: FilmRequest) -> None:
+        check_film(pipeline.bundle, request)
         self._pipeline, self._geometry = pipeline, pipeline.geometry
         self._scene_length = pipeline.bundle.model_config.scene_length
-        positions = pipeline.bundle.model_config.max_position_embeddings
-        most = positions // self._scene_length - 1
-        self._memory = most if request.memory is None else min(most, request.memory)
-        if request.loop or request.end is not None:
-            pipeline.bundle.check_parallel()
-        if self._memory and (len(request.scenes) > 1 or request.start is not None):
-            pipeline.bundle.check_films()
-        if request.loop and request.start is None and len(request.scenes) < 2:
-            raise ConfigError("a film that arrives where it began must have two scenes or more, or a clip to start.")
-        # All scenes are looked at now, so that a long film does not end at its last prompt.
-        first = [pipeline.prepare(self._clip_request(request, number), number) for number in range(len(request.scenes))]
-        self.request = dataclasses.replace(request, sampling=first[0].request.sampling)
+        self._memory = _memory_of(pipeline.bundle, request)
+        if request.sampling.seed is None:
+            seeded = dataclasses.replace(request.sampling, seed=secrets.randbelow(2**31))
+            request = dataclasses.replace(request, sampling=seeded)
+        self.request = request
         self._prepared: PreparedClip | None = None
         self._past: list[tuple[int, ...]] = []
         self._last_frame: Frames | None = None
         self._beginning: Frames | None = None  # the first latent frame's worth of the film, where a loop arrives
         self.ids: list[tuple[int, ...]] = []
+        self._check_scenes()
         if request.start is not None:
             self._go_on_from(request.start)
 
@@ -221,25 +274,15 @@ class FilmScenes:
         )
 
     def ask(self) -> GenerationRequest:
-        """What an engine is asked for the next scene.
-
-        Raises:
-            ConfigError: the engine was started for shorter films.
-        """
+        """What an engine is asked for the next scene."""
         number = len(self.ids)
-        request = self._clip_request(self.request, number)
-        arrives = self.fade_frames > 0 and number == len(self.request.scenes) - 1
-        if arrives and request.decoding is None:
-            usual = self._pipeline.bundle.generation_config.parallel
-            request = dataclasses.replace(request, decoding=choose_decoding(usual, {}))
-        self._prepared = self._pipeline.prepare(request, number)
-        generation = dataclasses.replace(
+        self._prepared = self._pipeline.prepare(self._clip_request(number), number)
+        context = self._past[-self._memory :] if self._memory else []
+        return dataclasses.replace(
             self._prepared.generation,
-            grammar=pin(self._prepared.generation.grammar, self._pins(arrives=arrives)),
-            context_ids=tuple(id for scene in self._past[-self._memory :] for id in scene) if self._memory else (),
+            grammar=pin(self._prepared.generation.grammar, self._pins(arrives=self._arrives(number))),
+            context_ids=tuple(id for scene in context for id in scene),
         )
-        self._pipeline.engine.check(generation, index=number)
-        return generation
 
     def places(self) -> NDArray[np.int64]:
         """Where the codes of the scene that was asked for last stand in its output: (T, h, w) int64."""
@@ -286,31 +329,49 @@ class FilmScenes:
         return Clip(frames=frames, fps=self._geometry.fps, samples=samples, sample_rate=self._geometry.sample_rate)
 
     def describe(self) -> dict[str, str]:
-        """What made the film, for its container's metadata; once all scenes are written."""
-        assert self._prepared is not None
-        first = dataclasses.replace(self._prepared.request, sampling=self.request.sampling, text=None)
+        """What makes the film, for its container's metadata; with the hash of its ids once all scenes are written."""
         ids = [id for scene in self.ids for id in scene]
-        facts = self._pipeline.describe(dataclasses.replace(first, decoding=self.request.decoding), ids)
-        facts["task"] = "film"
-        facts["scenes"] = json.dumps(self.request.scenes)
+        request = dataclasses.replace(
+            self._clip_request(0), text=None, negative_text=self.request.negative_text, decoding=self.request.decoding
+        )
+        facts = self._pipeline.describe(dataclasses.replace(request, sampling=self.request.sampling), ids)
+        if not self.done:
+            del facts["ids_sha256"]
+        facts |= {"task": "film", "scenes": json.dumps(self.request.scenes)}
         if self.request.memory is not None:
             facts["memory"] = str(self.request.memory)
         if self.request.loop:
             facts["loop"] = "yes"
-        return facts | {"ids_sha256": hash_ids(ids)}
+        return facts
 
-    def _clip_request(self, film: FilmRequest, number: int) -> ClipRequest:
-        text, sampling = film.scenes[number], film.sampling
-        if sampling.seed is not None:
-            sampling = dataclasses.replace(sampling, seed=sampling.seed + number)
+    def _arrives(self, number: int) -> bool:
+        return self.fade_frames > 0 and number == len(self.request.scenes) - 1
+
+    def _clip_request(self, number: int) -> ClipRequest:
+        film = self.request
+        text, sampling, decoding = film.scenes[number], film.sampling, film.decoding
+        assert sampling.seed is not None
+        sampling = dataclasses.replace(sampling, seed=sampling.seed + number)
+        if self._arrives(number) and decoding is None:
+            decoding = choose_decoding(self._pipeline.bundle.generation_config.parallel, {})
+            sampling = dataclasses.replace(sampling, repetition_penalty=1.0)  # which is for one id after another
         return ClipRequest(
             task="unconditional" if text is None else "text_to_video_audio",
             text=text,
             negative_text=None if text is None else film.negative_text,
             sampling=sampling,
-            decoding=film.decoding,
+            decoding=decoding,
             adapter=film.adapter,
         )
+
+    def _check_scenes(self) -> None:
+        """Look at every scene as it will be asked for, so that a long film does not end at its last prompt."""
+        given = _given_scenes(self.request, self._geometry.num_frames - 1)
+        filler = self._pipeline.bundle.vocabulary.special("<pad>")
+        for number in range(len(self.request.scenes)):
+            generation = self._pipeline.prepare(self._clip_request(number), number).generation
+            length = min(self._memory, given + number) * self._scene_length
+            self._pipeline.engine.check(dataclasses.replace(generation, context_ids=(filler,) * length), index=number)
 
     def _pins(self, *, arrives: bool) -> dict[int, int]:
         """Place to id of what a scene has in common with what stands before and after it."""
@@ -336,13 +397,8 @@ class FilmScenes:
         """Take the whole scenes of a clip, counted from its end, as the film's past."""
         frames, geometry = clip.frames, self._geometry
         assert frames is not None
-        if frames.shape[1:3] != geometry.resolution:
-            raise ConfigError(
-                f"the clip to go on from must be {geometry.height} x {geometry.width} pixels, got {frames.shape[1]} x "
-                f"{frames.shape[2]}. Read it with poet.media at that size."
-            )
         step = geometry.num_frames - 1
-        count = min((len(frames) - 1) // step, self._memory)
+        count = min(_given_scenes(self.request, step), self._memory)
         for number in range(count, 0, -1):
             first = len(frames) - 1 - number * step
             self._remember(self._pack_given(clip, first))
@@ -354,10 +410,8 @@ class FilmScenes:
         assert clip.frames is not None
         audio = None
         if clip.samples is not None:
-            begin, wanted = (
-                round(first * geometry.sample_rate / geometry.fps),
-                geometry.num_samples(geometry.num_frames),
-            )
+            begin = round(first * geometry.sample_rate / geometry.fps)
+            wanted = geometry.num_samples(geometry.num_frames)
             samples = clip.samples[begin : begin + wanted]
             audio = codecs.encode_samples(np.pad(samples, (0, wanted - len(samples))))
         scene = Scene(

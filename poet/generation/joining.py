@@ -1,6 +1,6 @@
 """Scenes joined to a film without a seam, piece by piece. Knows frames and samples alone.
 
-Legend: N, M frames of H x W pixels; S, M samples.
+Legend: N, M frames of H x W pixels; S samples.
 """
 
 from __future__ import annotations
@@ -22,7 +22,8 @@ class SeamlessJoin:
     """Joins scenes piece by piece: the frame that two scenes share is their mean, their sounds fade into each other.
 
     What it gives out is final. It holds back no more than the last frame of a scene and the sound under it, and at the
-    end of the film what fades into that at which it arrives.
+    end of the film what fades into that at which it arrives. Sound always stands where its frames do, rounded to the
+    next sample.
 
     Args:
         fps: frames per second.
@@ -33,19 +34,17 @@ class SeamlessJoin:
 
     def __init__(self, *, fps: float, sample_rate: int, fade_frames: int = 0, loop: bool = False) -> None:
         self._fps, self._sample_rate = fps, sample_rate
-        self._overlap = round(sample_rate / fps)
         self._fade_frames, self._loop = fade_frames, loop
         self._held_frames: Frames | None = None
-        self._held_samples: Samples | None = None
+        self._held_samples = np.zeros(0, np.float32)
+        self._num_frames = self._scene_begin = self._num_samples = 0
 
     def begin(self, start: Clip | None) -> tuple[Frames | None, Samples | None]:
         """Put a clip in front, silent where it has no sound; returns what is final of it."""
         if start is None or start.frames is None:
             return None, None
-        length = round(len(start.frames) * self._sample_rate / self._fps)
-        sound = np.zeros(0, np.float32) if start.samples is None else start.samples[:length]
-        samples = np.pad(sound, (0, length - len(sound)))
-        return self.add_frames(start.frames, starts=True, ends=True), self.add_samples(samples)
+        frames = self.add_frames(start.frames, starts=True, ends=True)
+        return frames, self.add_samples(_sound_of(start))
 
     def add_frames(self, frames: Frames, *, starts: bool, ends: bool) -> Frames:
         """Add frames of a scene.
@@ -59,6 +58,9 @@ class SeamlessJoin:
             (M, H, W, 3) frames that are final.
         """
         held = self._held_frames
+        if starts:
+            self._scene_begin = self._num_frames - (held is not None)
+        self._num_frames += len(frames) - (starts and held is not None)
         if starts and held is not None:
             shared = ((held[-1:].astype(np.uint16) + frames[:1] + 1) // 2).astype(np.uint8)
             frames = np.concatenate([held[:-1], shared, frames[1:]])
@@ -70,43 +72,66 @@ class SeamlessJoin:
         return frames[:cut]
 
     def add_samples(self, samples: Samples) -> Samples:
-        """Add the sound of a whole scene, (S,); returns the (M,) samples that are final."""
-        held = self._held_samples
-        if held is not None:
-            samples = _faded(held, samples, self._overlap)
+        """Add the sound of the scene whose frames were added last, (S,); returns the (M,) samples that are final.
+
+        It is cut, or filled up with silence, to the length of its frames.
+        """
+        begin = self._place(self._scene_begin)
+        samples = _fitted(samples, self._place(self._num_frames) - begin)
+        if self._num_samples or len(self._held_samples):
+            samples = self._fade_in(samples, begin)
         elif self._loop:
-            samples = samples * _ramp(round(_LOOP_FADE * self._sample_rate), len(samples))
-        keep = max(self._overlap, round(self._fade_frames * self._sample_rate / self._fps))
-        keep += round(_LOOP_FADE * self._sample_rate) if self._loop else 0
-        cut = max(0, len(samples) - keep)
-        self._held_samples = samples[cut:]
-        return samples[:cut]
+            samples = samples * _ramp(self._loop_fade, len(samples))
+        final = self._place(self._num_frames - max(1, self._fade_frames)) - (self._loop_fade if self._loop else 0)
+        return self._give(samples, final)
 
     def close(self, end: Clip | None = None) -> tuple[Frames, Samples]:
         """Give out what is left, and the clip at which the film arrives; a loop's last frames are its first ones."""
         frames, samples = self._held_frames, self._held_samples
         assert frames is not None
-        assert samples is not None
         if self._loop:
-            size = len(samples) - round(self._fade_frames * self._sample_rate / self._fps)
+            size = self._place(self._num_frames - self._fade_frames) - self._num_samples
             return frames[:0], samples[:size] * _ramp(size, size)[::-1]
         if end is None or end.frames is None:
             return frames, samples
-        length = round(len(end.frames) * self._sample_rate / self._fps)
-        sound = np.zeros(0, np.float32) if end.samples is None else end.samples[:length]
         count = min(len(frames), len(end.frames))
         weight = (np.arange(1, count + 1, dtype=np.float32) / (count + 1))[:, None, None, None]
         shared = (1 - weight) * frames[len(frames) - count :] + weight * end.frames[:count]
         joined = np.concatenate([frames[: len(frames) - count], np.rint(shared).astype(np.uint8), end.frames[count:]])
-        return joined, _faded(samples, np.pad(sound, (0, length - len(sound))), len(samples))
+        begin = self._place(self._num_frames - count)
+        last = self._place(self._num_frames - count + len(end.frames))
+        return joined, self._fade_in(_fitted(_sound_of(end), last - begin), begin)
+
+    @property
+    def _loop_fade(self) -> int:
+        return round(_LOOP_FADE * self._sample_rate)
+
+    def _place(self, frame: int) -> int:
+        """The sample at which a frame begins."""
+        return round(frame * self._sample_rate / self._fps)
+
+    def _fade_in(self, samples: Samples, begin: int) -> Samples:
+        """What is held back, and sound that begins at sample `begin`, faded into each other with equal power."""
+        held = self._held_samples
+        overlap = min(self._num_samples + len(held) - begin, len(held), len(samples))
+        angle = np.linspace(0, np.pi / 2, overlap, dtype=np.float32)
+        shared = held[len(held) - overlap :] * np.cos(angle) + samples[:overlap] * np.sin(angle)
+        return np.concatenate([held[: len(held) - overlap], shared.clip(-1, 1), samples[overlap:]])
+
+    def _give(self, samples: Samples, final: int) -> Samples:
+        """Give out what comes before sample `final` of the film, and hold back the rest."""
+        cut = min(max(0, final - self._num_samples), len(samples))
+        self._held_samples = samples[cut:]
+        self._num_samples += cut
+        return samples[:cut]
 
 
-def _faded(before: Samples, after: Samples, overlap: int) -> Samples:
-    """The end of one sound faded into the beginning of another with equal power; (S,) and (M,) to the whole."""
-    overlap = min(overlap, len(before), len(after))
-    angle = np.linspace(0, np.pi / 2, overlap, dtype=np.float32)
-    shared = before[len(before) - overlap :] * np.cos(angle) + after[:overlap] * np.sin(angle)
-    return np.concatenate([before[: len(before) - overlap], shared.clip(-1, 1), after[overlap:]])
+def _sound_of(clip: Clip) -> Samples:
+    return np.zeros(0, np.float32) if clip.samples is None else clip.samples
+
+
+def _fitted(samples: Samples, length: int) -> Samples:
+    return np.pad(samples[:length], (0, max(0, length - len(samples))))
 
 
 def _ramp(size: int, length: int) -> Samples:

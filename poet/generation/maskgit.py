@@ -29,7 +29,7 @@ from numpy.typing import NDArray
 from torch import Tensor
 from torch.nn import functional
 
-from poet.errors import CheckpointError, ConfigError
+from poet.errors import CheckpointError, ConfigError, ShapeError
 from poet.generation.context import build_cache
 from poet.generation.sampling import SamplingConfig, fold_seed, guide, keep_likeliest
 from poet.grammar import Grammar, place_ranges
@@ -377,9 +377,14 @@ def fill_canvases(
 
     Returns:
         The output ids of each prefix, complete in its grammar.
+
+    Raises:
+        ShapeError: there are not as many contexts as prefixes.
     """
     guides = [None] * len(prefixes) if guides is None else guides
     pasts = [()] * len(prefixes) if contexts is None else contexts
+    if len(pasts) != len(prefixes):
+        raise ShapeError(f"there must be a past, or (), for each of the {len(prefixes)} canvases, got {len(pasts)}.")
     while waiting := [row for row, canvas in enumerate(canvases) if not canvas.done]:
         rows = [(prefixes[row], canvases[row]) for row in waiting]
         guided = [row for row in waiting if guides[row] is not None and canvases[row].takes_guidance]

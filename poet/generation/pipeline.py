@@ -192,31 +192,37 @@ class Pipeline:
         Returns:
             One clip a request, in order.
         """
-        scenes = [
-            unpack(np.concatenate([item.generation.prefix_ids, ids]), self.bundle.vocabulary)
-            for item, ids in zip(prepared, outputs, strict=True)
+        parts = [self._parts(item, ids) for item, ids in zip(prepared, outputs, strict=True)]
+        joined = [item.task.join_clip(own)[0] for item, own in zip(prepared, parts, strict=True)]
+        pictures = self._upsample(prepared, joined)
+        frames = [None if codes is None else self.codecs.decode_video(codes) for codes in pictures]
+        return [
+            self._finished(item, ids, own, picture)
+            for item, ids, own, picture in zip(prepared, outputs, parts, frames, strict=True)
         ]
-        parts = [
-            dataclasses.replace(item.parts, video_out=scene.video_out, audio_out=scene.audio_out)
-            for item, scene in zip(prepared, scenes, strict=True)
-        ]
-        joined = [item.task.join_clip(part) for item, part in zip(prepared, parts, strict=True)]
-        larger = self._upsample(prepared, [video for video, _ in joined])
-        frames = [None if codes is None else self.codecs.decode_video(codes) for codes in larger]
-        samples = [None if codes is None else self.codecs.decode_audio(codes) for _, codes in joined]
-        results = []
-        for item, ids, scene, picture, sound in zip(prepared, outputs, scenes, frames, samples, strict=True):
-            text = None if scene.text_out is None else self.text_tokenizer.decode(list(scene.text_out))
-            results.append(
-                GeneratedClip(
-                    request=item.request,
-                    clip=None if item.task.writes_text else self._finish(item, picture, sound),
-                    text=text,
-                    ids=tuple(ids),
-                    metadata=self.describe(item.request, ids),
-                )
-            )
-        return results
+
+    def finish_one(self, prepared: PreparedClip, ids: Sequence[int], frames: NDArray[np.uint8]) -> GeneratedClip:
+        """`finish_all` of one clip, for someone who has decoded its (N, H, W, 3) frames already."""
+        return self._finished(prepared, ids, self._parts(prepared, ids), frames)
+
+    def _parts(self, item: PreparedClip, ids: Sequence[int]) -> ClipParts:
+        """What was given and what was written."""
+        scene = unpack(np.concatenate([item.generation.prefix_ids, ids]), self.bundle.vocabulary)
+        return dataclasses.replace(item.parts, video_out=scene.video_out, audio_out=scene.audio_out)
+
+    def _finished(
+        self, item: PreparedClip, ids: Sequence[int], parts: ClipParts, frames: NDArray[np.uint8] | None
+    ) -> GeneratedClip:
+        scene = unpack(np.concatenate([item.generation.prefix_ids, ids]), self.bundle.vocabulary)
+        _, audio = item.task.join_clip(parts)
+        samples = None if audio is None else self.codecs.decode_audio(audio)
+        return GeneratedClip(
+            request=item.request,
+            clip=None if item.task.writes_text else self._finish(item, frames, samples),
+            text=None if scene.text_out is None else self.text_tokenizer.decode(list(scene.text_out)),
+            ids=tuple(ids),
+            metadata=self.describe(item.request, ids),
+        )
 
     def prepare(self, request: ClipRequest, index: int = 0) -> PreparedClip:
         """Encode what is given, pack the prefix and say what may be written.

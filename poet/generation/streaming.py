@@ -8,10 +8,12 @@ Legend: N frames of H x W pixels, S samples, T latent frames of h x w places.
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
+import itertools
 import queue
 import threading
-from collections.abc import Iterator, Sequence
+from collections.abc import Generator, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from typing import Any
 
@@ -34,19 +36,21 @@ class Piece:
     Attributes:
         frames: (N, H, W, 3) uint8, the next ones; or None.
         samples: (S,) float32, the next ones; or None.
-        metadata: what made the clip, in its last piece; None before.
+        metadata: what makes the clip, in its first piece, and with the hash of its ids in its last one.
+        is_last: whether nothing comes after it.
     """
 
     frames: Frames | None = None
     samples: Samples | None = None
     metadata: dict[str, str] | None = None
+    is_last: bool = False
 
 
 class _Ended(Exception):
     """Nobody wants the rest."""
 
 
-def stream_clip(pipeline: Pipeline, request: ClipRequest) -> Iterator[Piece]:
+def stream_clip(pipeline: Pipeline, request: ClipRequest) -> Generator[Piece, None, None]:
     """Write one clip and give its pictures while they are written.
 
     Args:
@@ -55,7 +59,7 @@ def stream_clip(pipeline: Pipeline, request: ClipRequest) -> Iterator[Piece]:
             a canvas, of which no part is done early, comes whole.
 
     Yields:
-        Its frames, then its sound if it has one, then what made it.
+        What makes it, its frames, its sound if it has one, and what made it.
 
     Raises:
         ConfigError: a request that cannot be carried out, or not piece by piece.
@@ -73,18 +77,23 @@ def stream_clip(pipeline: Pipeline, request: ClipRequest) -> Iterator[Piece]:
         task, pipeline.bundle.vocabulary, video_latent_shape=shape.video, num_audio_latents=shape.audio
     ).video
     assert places is not None
+    facts = pipeline.describe(prepared.request, ())
+    del facts["ids_sha256"]
+    yield Piece(metadata=facts)
     ids: list[int] = []
-    latents = _latents(pipeline, prepared.generation, places, ids)
-    for frames in pipeline.codecs.decode_latents(_both(given, latents)):
-        yield Piece(frames=frames)
-    [clip] = pipeline.finish_all([prepared], [ids])
+    whole: list[Frames] = []
+    with contextlib.closing(_latents(pipeline, prepared.generation, places, ids)) as latents:
+        for frames in pipeline.codecs.decode_latents(itertools.chain(given, latents)):
+            whole.append(frames)
+            yield Piece(frames=frames)
+    clip = pipeline.finish_one(prepared, ids, np.concatenate(whole))
     assert clip.clip is not None
     if clip.clip.samples is not None:
         yield Piece(samples=clip.clip.samples)
-    yield Piece(metadata=clip.metadata)
+    yield Piece(metadata=clip.metadata, is_last=True)
 
 
-def stream_film(pipeline: Pipeline, request: FilmRequest) -> Iterator[Piece]:
+def stream_film(pipeline: Pipeline, request: FilmRequest) -> Generator[Piece, None, None]:
     """Write a film and give its pictures while they are written.
 
     Args:
@@ -92,27 +101,29 @@ def stream_film(pipeline: Pipeline, request: FilmRequest) -> Iterator[Piece]:
         request: a film.
 
     Yields:
-        Frames and sound in turn, then what made it. The last frame of a scene comes with the next scene's first.
+        What makes it, frames and sound in turn, and what made it. A scene's last frame comes with the next one's first.
 
     Raises:
         ConfigError: a request that cannot be carried out.
     """
     film = FilmScenes(pipeline, request)
     join = film.new_join()
+    yield Piece(metadata=film.describe())
     yield from _pieces(*join.begin(request.start))
     while not film.done:
         generation = film.ask()
         count = pipeline.geometry.num_frames
         scene: list[Frames] = []
         ids: list[int] = []
-        for frames in pipeline.codecs.decode_latents(_latents(pipeline, generation, film.places(), ids)):
-            starts, scene = not scene, [*scene, frames]
-            yield from _pieces(join.add_frames(frames, starts=starts, ends=sum(map(len, scene)) == count), None)
+        with contextlib.closing(_latents(pipeline, generation, film.places(), ids)) as latents:
+            for frames in pipeline.codecs.decode_latents(latents):
+                starts, scene = not scene, [*scene, frames]
+                yield from _pieces(join.add_frames(frames, starts=starts, ends=sum(map(len, scene)) == count), None)
         clip = film.finish(ids, np.concatenate(scene))
         assert clip.samples is not None
         yield from _pieces(None, join.add_samples(clip.samples))
     yield from _pieces(*join.close(request.end))
-    yield Piece(metadata=film.describe())
+    yield Piece(metadata=film.describe(), is_last=True)
 
 
 def _pieces(frames: Frames | None, samples: Samples | None) -> Iterator[Piece]:
@@ -122,12 +133,7 @@ def _pieces(frames: Frames | None, samples: Samples | None) -> Iterator[Piece]:
         yield Piece(samples=samples)
 
 
-def _both(given: Sequence[Any], written: Iterator[Any]) -> Iterator[Any]:
-    yield from given
-    yield from written
-
-
-def _latents(pipeline: Pipeline, request: GenerationRequest, places: Any, ids: list[int]) -> Iterator[Any]:
+def _latents(pipeline: Pipeline, request: GenerationRequest, places: Any, ids: list[int]) -> Generator[Any, None, None]:
     """The (h, w) codes of each latent frame as soon as they are written; `ids` holds the whole output at the end.
 
     Args:
@@ -137,25 +143,32 @@ def _latents(pipeline: Pipeline, request: GenerationRequest, places: Any, ids: l
         ids: empty; filled.
     """
     done = 0
-    for output in _growing(pipeline.engine, request):
-        while done < len(places) and places[done].max() < len(output):
-            yield pipeline.bundle.vocabulary.video_from_ids(np.asarray(output)[places[done]])
-            done += 1
-        ids[:] = output
+    with contextlib.closing(_growing(pipeline.engine, request)) as outputs:
+        for output in outputs:
+            while done < len(places) and places[done].max() < len(output):
+                yield pipeline.bundle.vocabulary.video_from_ids(np.asarray(output)[places[done]])
+                done += 1
+            ids[:] = output
 
 
-def _growing(engine: Engine, request: GenerationRequest) -> Iterator[list[int]]:
-    """An output again and again while it grows, and at last whole."""
+def _growing(engine: Engine, request: GenerationRequest) -> Generator[list[int], None, None]:
+    """An output again and again while it grows, and at last whole.
+
+    Whoever gives it up early waits until the engine has stopped, which it does at its next id or step.
+    """
     news: queue.SimpleQueue[list[int] | None] = queue.SimpleQueue()
     given_up = threading.Event()
 
-    def grown(_: int, ids: Sequence[int]) -> None:
+    def go_on(*_: object) -> None:
         if given_up.is_set():
             raise _Ended
+
+    def grown(_: int, ids: Sequence[int]) -> None:
+        go_on()
         news.put(list(ids))
 
     def write() -> None:
-        for _, output in engine.stream([request], watch=grown):
+        for _, output in engine.stream([request], go_on, grown):
             news.put(output)
 
     with ThreadPoolExecutor(1, thread_name_prefix="poet-writer") as pool:

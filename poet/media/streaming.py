@@ -11,6 +11,7 @@ What it does not know: scenes, codes, who watches. Dimension letters as in `poet
 from __future__ import annotations
 
 import contextlib
+from collections.abc import Sequence
 from fractions import Fraction
 from pathlib import Path
 from types import TracebackType
@@ -62,7 +63,8 @@ class ClipStream:
         sample_rate: samples per second; None: there will be no sound.
 
     Attributes:
-        metadata: to be kept in the container's comment, see `write_clip`; may be set until the end.
+        metadata: to be kept in the container's comment, see `write_clip`. What is set before the first piece stands in
+            the growing file, what is set at the end in the whole one.
 
     If the with statement is left by an error, what was written so far stays at the path as far as it came, playable.
 
@@ -78,13 +80,16 @@ class ClipStream:
         if self._path.suffix.lower() != ".mp4":
             raise MediaError(f"{path}: a clip that grows must be an .mp4, got {self._path.suffix!r}. Change the name.")
         check_target(self._path, has_audio=sample_rate is not None)
+        # Absolute, so that no name reads as an address; a link in this place is replaced, not followed.
+        self._file = self._path.parent.resolve() / self._path.name
         if sample_rate is not None and sample_rate <= 0:
             raise ConfigError(f"sample_rate must be above 0, got {sample_rate}. Give samples per second.")
         self._fps, self._size, self._sample_rate = exact_fps(fps), (height, width), sample_rate
         self._container: OutputContainer | None = None
+        self._beside: Path | None = None
         self._reformatter = VideoReformatter()
         self._frames = self._samples = 0
-        self._begin: Fraction | None = None  # of the sound in seconds, negative by the encoder's silence
+        self._sound_times: list[Fraction] = []  # seconds at which each packet of sound begins, the first below 0
         self._closed = False
         self.metadata: dict[str, str] | None = None
 
@@ -121,7 +126,10 @@ class ClipStream:
         try:
             self._open()
             self._write(piece)
+            self._take_place()
         except (av.FFmpegError, OSError, ValueError) as error:
+            with contextlib.suppress(av.FFmpegError, OSError):
+                self._end()
             raise self._failed(error) from error
 
     def close(self) -> None:
@@ -135,37 +143,49 @@ class ClipStream:
             return
         comment = comment_of(self.metadata)
         if self._container is None:
-            raise MediaError(f"{self._path}: a clip must have pictures or sound, nothing was written.")
+            raise MediaError(
+                f"{self._path}: a clip must have pictures or sound, nothing was written. Write a piece before closing."
+            )
         part = part_beside(self._path)
         try:
             self._flush()
+            self._take_place()
             self._end()
-            _copy(self._path, part, comment, self._begin or Fraction(0))
+            _copy(self._file, part, comment, self._sound_times)
             settle(part)
-            part.replace(self._path)
+            part.replace(self._file)
         except (av.FFmpegError, OSError, ValueError) as error:
+            with contextlib.suppress(av.FFmpegError, OSError):
+                self._end()
             raise self._failed(error) from error
         finally:
             part.unlink(missing_ok=True)
 
     def _open(self) -> None:
+        """Begin a new file beside, which takes its place with the first piece: readers of the old one keep it."""
         if self._container is not None:
             return
-        # Absolute, so that no name reads as an address; a new file, so that readers of the old one are not disturbed.
-        path = self._path.resolve()
-        path.unlink(missing_ok=True)
-        options = dict(_FRAGMENTED)
-        self._container = av.open(path, "w", format=_FILM.format, options=dict(_AT_ONCE), container_options=options)
-        options = _FILM.video_options | _EVERY_PICTURE
-        self._video = cast(
-            "VideoStream", self._container.add_stream(_FILM.video_codec, rate=self._fps, options=options)
+        self._beside = part_beside(self._path)
+        container = av.open(
+            self._beside, "w", format=_FILM.format, options=dict(_AT_ONCE), container_options=dict(_FRAGMENTED)
         )
+        self._container = container
+        if (comment := comment_of(self.metadata)) is not None:
+            container.metadata["comment"] = comment
+        video = container.add_stream(_FILM.video_codec, rate=self._fps, options=_FILM.video_options | _EVERY_PICTURE)
+        self._video = cast("VideoStream", video)
         set_up_video(self._video.codec_context, *self._size)
         if self._sample_rate is not None:
             rate = _FILM.rate_for(self._sample_rate)
-            self._audio = cast("AudioStream", self._container.add_stream(_FILM.audio_codec, rate=rate, layout="mono"))
+            self._audio = cast("AudioStream", container.add_stream(_FILM.audio_codec, rate=rate, layout="mono"))
             set_up_audio(self._audio.codec_context)
             self._resampler = AudioResampler(format=_FILM.sample_format, layout="mono", rate=rate)
+
+    def _take_place(self) -> None:
+        """Put the new file where it belongs as soon as ffmpeg has begun it."""
+        if self._beside is not None and self._beside.exists():
+            self._beside.replace(self._file)
+            self._beside = None
 
     def _write(self, piece: Clip) -> None:
         assert self._container is not None
@@ -181,8 +201,7 @@ class ClipStream:
     def _mux_sound(self, packets: list[Any]) -> None:
         assert self._container is not None
         for packet in packets:
-            if self._begin is None:
-                self._begin = packet.pts * packet.time_base
+            self._sound_times.append(packet.pts * packet.time_base)
             self._container.mux(packet)
 
     def _flush(self) -> None:
@@ -194,8 +213,12 @@ class ClipStream:
 
     def _end(self) -> None:
         self._closed = True
-        if self._container is not None:
-            self._container.close()
+        try:
+            if self._container is not None:
+                self._container.close()
+        finally:
+            if self._beside is not None:
+                self._beside.unlink(missing_ok=True)  # of a first piece that could not be written
 
     def _failed(self, error: Exception) -> MediaError:
         reason = getattr(error, "strerror", None) or str(error)
@@ -205,10 +228,13 @@ class ClipStream:
         )
 
 
-def _copy(source: Path, target: Path, comment: str | None, sound_begins: Fraction) -> None:
-    """Put the packets of a fragmented file into a plain one, in the order of their time, and the sound where it was."""
+def _copy(source: Path, target: Path, comment: str | None, sound_times: Sequence[Fraction]) -> None:
+    """Put the packets of a fragmented file into a plain one, in the order of their time.
+
+    Fragments have no times below 0, and what stands before is moved; so sound goes where it was encoded to be.
+    """
     with (
-        av.open(source.resolve()) as given,
+        av.open(source) as given,
         av.open(target, "w", format=_FILM.format, container_options=_FILM.options) as container,
     ):
         assert isinstance(given, InputContainer)
@@ -216,10 +242,10 @@ def _copy(source: Path, target: Path, comment: str | None, sound_begins: Fractio
             container.metadata["comment"] = comment
         streams = {stream.index: container.add_stream_from_template(stream) for stream in given.streams}
         packets = [packet for packet in given.demux() if packet.dts is not None]
-        # Fragments have no times below 0, so the encoder's silence, the first packet, stands in that of the second.
-        for silence in [packet for packet in packets if packet.stream.type == "audio"][:1]:
-            assert silence.time_base is not None
-            silence.pts = silence.dts = round(sound_begins / silence.time_base)
+        sound = [packet for packet in packets if packet.stream.type == "audio"]
+        for packet, begin in zip(sound, sound_times, strict=True):
+            assert packet.time_base is not None
+            packet.pts = packet.dts = round(begin / packet.time_base)
         for packet in sorted(packets, key=lambda packet: packet.dts * packet.time_base):  # type: ignore[operator]
             packet.stream = streams[packet.stream.index]
             container.mux(packet)

@@ -57,7 +57,7 @@ class PoetHuggingFaceConfig(Qwen3Config):  # type: ignore[no-untyped-call]
     poet_fingerprint: str = ""
     trained_tasks: list[str] | None = None
     trained_parallel: bool | None = None
-    trained_films: bool | None = None
+    trained_films: int | None = None
     pad_token_id: int | None = SPECIAL_NAMES.index("<pad>")
     bos_token_id: int | None = SPECIAL_NAMES.index("<bos>")
     eos_token_id: int | list[int] | None = SPECIAL_NAMES.index("<eos>")

@@ -342,7 +342,7 @@ class LanguageRun:
             config
             | {TRAINED_TASKS_KEY: sorted(self.trained_tasks)}
             | ({TRAINED_PARALLEL_KEY: True} if self.recipe.parallel_share > 0 else {})
-            | ({TRAINED_FILMS_KEY: True} if self.films is not None else {}),
+            | ({TRAINED_FILMS_KEY: self.recipe.film_scenes[1]} if self.films is not None else {}),
             lambda path: save_file(weights, path, metadata={"format": "pt"}),
             overwrite=True,
         )

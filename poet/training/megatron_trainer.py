@@ -364,7 +364,7 @@ class MegatronTraining(LanguageRun):
             "fingerprint": self.bundle.fingerprint,
             "trained_tasks": sorted(self.trained_tasks),
             "trained_parallel": self.recipe.parallel_share > 0,
-            "trained_films": self.films is not None,
+            "trained_films": None if self.films is None else self.recipe.film_scenes[1],
             "dtype": self.recipe.export_dtype,
         }
 

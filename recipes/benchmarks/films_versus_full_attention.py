@@ -7,7 +7,8 @@ Rules, the same for both sides:
 
 - vLLM, the same weights in the engine's own type, one film, one id after another, the same earlier scenes and seeds.
 - Both engines run at the same time, each in a process of its own, and are asked in turn; rounds alternate which comes
-  first. A figure is the median over rounds, a ratio the median of the rounds' ratios, after one round that is dropped.
+  first. A figure is the median over rounds (of full attention, whose long films take minutes, of one unless
+  --full-rounds says more), a ratio the median of the rounds' ratios. A first scene before that is dropped.
 - A scene's time is the wall time from a request, earlier scenes and all, to its last id; its prefill is the time to its
   first id. Tokenizers are left out, except from the time to the first frame, which is that of `poet generate --stream`.
 - Pages are those that the engine holds at most while the scene is written: of one layer and 128 ids each.
@@ -104,7 +105,8 @@ def serve(side: str, path: Path, num_scenes: int, connection: Connection) -> Non
     bundle = Bundle.open(path)
     with VLLMEngine(path, max_num_seqs=1, num_scenes=num_scenes, full_attention=side == "full") as engine:
         pool = engine._vllm.engine_core.engine_core.scheduler.kv_cache_manager.block_pool
-        layers = bundle.model_config.num_layers if side == "full" else 1  # a page of full attention holds all layers
+        # A page holds all layers, except where layers above the first see one scene of several.
+        layers = bundle.model_config.num_layers if side == "full" or num_scenes == 1 else 1
         connection.send("ready")
         while (asked := connection.recv()) is not None:
             request = request_of(bundle, *asked)

@@ -90,14 +90,21 @@ class AdapterRows:
 
     def __init__(self) -> None:
         self.groups: list[tuple[int, slice | Tensor]] = []
+        self._slots_T: Tensor | None = None
 
     def update(self, slots_T: Tensor) -> None:
         """Take over a step: (T,) int64 slots, -1 where there is no adapter."""
+        self._slots_T = slots_T
         places: dict[int, list[int]] = {}
         for place, slot in enumerate(slots_T.tolist()):
             places.setdefault(slot, []).append(place)
         places.pop(-1, None)
         self.groups = [(slot, _together(own)) for slot, own in places.items()]
+
+    def keep(self, kept: Tensor) -> None:
+        """Go on with some of the step's ids: (K,) places."""
+        if self._slots_T is not None:
+            self.update(self._slots_T[kept])
 
 
 def _together(places: list[int]) -> slice | Tensor:

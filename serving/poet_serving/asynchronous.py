@@ -135,12 +135,12 @@ class AsyncEngine(StreamingEngine):
         halves = list(halves_of(request))
         async with _together() as group:
             tasks = []
-            for place, (suffix, prefix, half) in enumerate(halves):
+            for place, (suffix, given, half) in enumerate(halves):
                 own = copy.copy(parameters)
                 own.extra_args = parameters.extra_args | half
                 adapter = self._adapters[request.adapter]
                 grown = functools.partial(_tell, tell, watch) if place == 0 else None
-                writing = self._write_half(name + suffix, prefix, own, grown, adapter)
+                writing = self._write_half(name + suffix, given, own, grown, adapter)
                 tasks.append(group.create_task(writing))
         outputs = [task.result() for task in tasks]
         if any(output != outputs[0] for output in outputs):
@@ -150,13 +150,13 @@ class AsyncEngine(StreamingEngine):
     async def _write_half(
         self,
         name: str,
-        prefix: Sequence[int],
+        given: Sequence[int],
         parameters: Any,
         grown: Callable[[Sequence[int]], None] | None,
         adapter: Any,
     ) -> list[int]:
         ids: list[int] = []
-        prompt = {"prompt_token_ids": list(prefix)}
+        prompt = {"prompt_token_ids": list(given)}
         with _gone():
             async for change in self._causal.generate(prompt, parameters, name, lora_request=adapter):
                 if change.outputs[0].finish_reason == "abort":  # not by us: we would not be waiting
@@ -177,9 +177,9 @@ class AsyncEngine(StreamingEngine):
             while not canvas.done:
                 async with _together() as group:
                     tasks = []
-                    for suffix, prefix, half in halves_of(request, guided=canvas.takes_guidance):
-                        arguments = canvas_arguments(len(prefix), canvas) | half
-                        ids = [*prefix, *canvas.shown()]
+                    for suffix, given, half in halves_of(request, guided=canvas.takes_guidance):
+                        arguments = canvas_arguments(len(given), canvas) | half
+                        ids = [*given, *canvas.shown()]
                         adapter, step = self._adapters[request.adapter], f"{name}.{canvas.step}{suffix}"
                         asking = _pool(self._canvases, step, ids, arguments, adapter)
                         tasks.append(group.create_task(asking))

@@ -222,8 +222,7 @@ class CanvasFiller:
         """Ask for the next step of a canvas."""
         request, canvas = self._running[index]
         self._started[index] = []
-        for suffix, prefix, half in halves_of(request, guided=canvas.takes_guidance):
-            given = [*request.context_ids, *prefix]
+        for suffix, given, half in halves_of(request, guided=canvas.takes_guidance):
             arguments = canvas_arguments(len(given), canvas) | half
             params = PoolingParams(task=_TASK, extra_kwargs=arguments, skip_reading_prefix_cache=True)
             prompt = {"prompt_token_ids": [*given, *canvas.shown()]}

@@ -162,6 +162,7 @@ class DirectLayer:
     """
 
     __slots__ = (
+        "adapters",
         "attention",
         "down",
         "ffn_size",
@@ -180,6 +181,7 @@ class DirectLayer:
 
     def __init__(self, layer: PoetDecoderLayer, adapters: AdapterRows) -> None:
         attention, mlp = layer.self_attn, layer.mlp
+        self.adapters = adapters
         self.attention = attention.attn
         self.name = attention.attn.layer_name
         self.heads = attention.num_heads, attention.num_kv_heads, attention.head_dim
@@ -233,6 +235,7 @@ class DirectLayer:
             attention.impl.do_kv_cache_update(attention, key, value, attention.kv_cache, slots)
         if kept is not None:
             query, stream_TC = query[kept], stream_TC[kept]
+            self.adapters.keep(kept)  # now: this layer's other products are of these ids already
         if kept is not None and (stretches := getattr(metadata, "stretches", ())):
             seen = attend_to_all_scenes(query, key, value, stretches)
         else:
@@ -330,8 +333,6 @@ class PoetModel(Qwen2Model):  # type: ignore[misc]
         change_TC, stream_TC = first(change_TC, stream_TC, positions, metadata, slots, kept)
         if kept is not None:  # earlier scenes end here
             positions = positions[kept]
-            if table is not None:
-                self.adapter_rows.update(table.token_lora_indices[kept])
         for layer in others:
             slots = context.slot_mapping.get(layer.name)
             if kept is not None and slots is not None:

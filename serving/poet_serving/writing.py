@@ -69,14 +69,14 @@ class OutputWriter:
         self._indices[name], self._longest[name] = index, max_output_length(request.grammar)
         self._unfinished[name] = set()
         self.num_open += 1
-        for suffix, prefix, half in halves_of(request):
+        for suffix, given, half in halves_of(request):
             own = copy.copy(parameters)
             own.extra_args = parameters.extra_args | half
             self._outputs[name + suffix] = []
             self._unfinished[name].add(name + suffix)
             self._started[name + suffix] = self._vllm.add_request(
                 name + suffix,
-                {"prompt_token_ids": [*request.context_ids, *prefix]},
+                {"prompt_token_ids": list(given)},
                 own,
                 lora_request=self._adapters[request.adapter],
             )
@@ -126,7 +126,9 @@ class OutputWriter:
 def halves_of(
     request: GenerationRequest, *, guided: bool = True
 ) -> Iterator[tuple[str, Sequence[int], dict[str, Any]]]:
-    """What vLLM is asked for a request: the end of its name, its prefix, and what marks it as one half of a pair.
+    """What vLLM is asked for a request: the end of its name, what it is given, and what marks it as half of a pair.
+
+    It is given the earlier scenes of a film and the prefix.
 
     A request without guidance is asked for once, without any mark.
 
@@ -135,12 +137,12 @@ def halves_of(
         guided: False asks for it without the guidance that it has: for a step that takes none.
     """
     if not guided or not request.guided or request.guide_ids is None:
-        yield "", request.prefix_ids, {}
+        yield "", (*request.context_ids, *request.prefix_ids), {}
         return
     pair = uuid.uuid4().hex
     for suffix, prefix in (("", request.prefix_ids), ("-guide", request.guide_ids)):
         half = Half(pair, is_guide=bool(suffix), scale=float(request.sampling.guidance_scale))
-        yield suffix, prefix, guidance_arguments(half)
+        yield suffix, (*request.context_ids, *prefix), guidance_arguments(half)
 
 
 def sampling_parameters(request: GenerationRequest) -> SamplingParams:

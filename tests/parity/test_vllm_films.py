@@ -11,7 +11,8 @@ from poet.errors import ConfigError
 from poet.generation.engine import Engine, GenerationRequest, TorchEngine
 from poet.generation.sampling import SamplingConfig
 from poet.grammar import check_output
-from poet.testing import film_request, save_model, sharp_model, tiny_config, tiny_vocabulary
+from poet.model.lora import read_adapter
+from poet.testing import film_request, save_adapter, save_model, sharp_model, tiny_config, tiny_vocabulary
 from poet_serving.engine import VLLMEngine
 from poet_serving.settings import BLOCK_SIZE
 
@@ -122,6 +123,34 @@ def test_a_request_holds_pages_of_its_last_scene_above_layer_0(bundle: Path) -> 
     assert max(used) <= most
     assert max(used) > -(-total // BLOCK_SIZE)
     assert max(used) < CONFIG.num_layers * -(-total // BLOCK_SIZE) // 2
+
+
+def test_adapters_and_films_in_one_batch(bundle: Path, tmp_path: Path) -> None:
+    """Earlier scenes leave a step after layer 0, whose other products must be those of the ids that are left."""
+    for seed, name in enumerate(("one", "two")):
+        save_adapter(CONFIG, tmp_path / name, seed=seed, rank=3 + seed)
+    adapters = tuple(read_adapter(tmp_path / name, CONFIG, "f" * 64) for name in ("one", "two"))
+    requests = [
+        dataclasses.replace(request(number, number % 4, guided=number % 3 == 2, parallel=number > 5), adapter=name)
+        for number, name in enumerate(("one", None, "two", "one", "one", None, None, "one", "two", "two", None))
+    ]
+    with TorchEngine(bundle, adapters=adapters) as reference:
+        expected = reference.generate(requests)
+    decodings = ["autoregressive", "parallel"]
+    with VLLMEngine(
+        bundle, dtype="float32", max_num_seqs=8, decodings=decodings, num_scenes=4, adapters=adapters
+    ) as engine:
+        assert engine.generate(requests) == expected
+
+
+def test_outputs_are_told_while_they_grow(engine: VLLMEngine) -> None:
+    requests = [request(0, 0), request(1, 2, guided=True), request(2, 1, parallel=True)]
+    seen: dict[int, list[list[int]]] = {}
+    found = dict(engine.stream(requests, watch=lambda index, ids: seen.setdefault(index, []).append(list(ids))))
+    assert seen.keys() == {0, 1}  # canvases are told by progress alone
+    for index, grown in seen.items():
+        assert [len(ids) for ids in grown] == list(range(1, len(found[index]) + 1))
+        assert all(found[index][: len(ids)] == ids for ids in grown)
 
 
 def test_films_beyond_what_the_engine_was_started_for_are_refused(bundle: Path) -> None:

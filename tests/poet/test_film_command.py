@@ -87,6 +87,10 @@ def test_a_stream_is_what_would_have_been_written_at_once(
     assert other.frames is not None
     assert one.frames.shape == other.frames.shape
     assert np.abs(one.frames.astype(int) - other.frames).mean() < 6  # both are compressed, each in its own way
+    assert one.samples is not None
+    assert other.samples is not None
+    assert len(one.samples) == len(other.samples)
+    np.testing.assert_allclose(one.samples[:-64], other.samples[:-64], atol=0.02)
     assert probe(tmp_path / "whole.mp4").metadata == probe(tmp_path / "streamed.mp4").metadata
     bare = made(capsys, bundle, *said, "-o", tmp_path / "bare.mp4", "--stream", "--no-metadata")
     assert probe(tmp_path / "bare.mp4").metadata == {}
@@ -105,6 +109,13 @@ def test_like_makes_a_film_again(capsys: pytest.CaptureFixture[str], bundle: Pat
     loop = made(capsys, bundle, "--scene", "a", "--scene", "b", "--loop", "-o", tmp_path / "loop.mp4")
     assert made(capsys, bundle, "--like", tmp_path / "loop.mp4", "-o", tmp_path / "loop2.mp4")["same_ids"] is True
     assert loop["loop"] == "yes"
+    guided = ("--scene", "a star", "--scene", "-", "--negative-prompt", "b", "--guidance-scale", 2)
+    made(capsys, bundle, *guided, "-o", tmp_path / "guided.mp4")
+    assert made(capsys, bundle, "--like", tmp_path / "guided.mp4", "-o", tmp_path / "g2.mp4")["same_ids"] is True
+    made(capsys, bundle, "a star", "-o", tmp_path / "single.mp4")
+    scenes = ("--scene", "a", "--scene", "b")
+    longer = made(capsys, bundle, "--like", tmp_path / "single.mp4", *scenes, "-o", tmp_path / "l.mp4")
+    assert longer["task"] == "film"
     picture = tmp_path / "picture.png"
     a_clip(bundle, picture, 1)
     moving = made(capsys, bundle, "a", "--num-scenes", 2, "--image", picture, "-o", tmp_path / "m.mp4")
@@ -119,6 +130,14 @@ def test_what_does_not_go_together_is_refused_in_words(
     empty.write_text("# nothing\n")
     binary.write_bytes(b"\xff\xfe\x00")
     clip = a_clip(bundle, tmp_path / "clip.mp4", 5)
+    made(capsys, bundle, "a", "--num-scenes", 2, "-o", tmp_path / "film.mp4")
+    facts = probe(tmp_path / "film.mp4").metadata
+    for number, scenes in enumerate(("5", "null", "[1]", '"ab"')):
+        picture = Clip(np.zeros((1, 8, 8, 3), np.uint8), 8.0, None, 16000)
+        write_clip(picture, tmp_path / f"damaged{number}.mp4", facts | {"scenes": scenes})
+        code, _, err = run(capsys, bundle, "--like", tmp_path / f"damaged{number}.mp4", "-o", tmp_path / "out.mp4")
+        assert code == 1
+        assert "scenes must be a list of prompts" in err
     for said, words in (
         (("--scene", "a", "--num-scenes", "2"), "must be given once, got --scene and --num-scenes"),
         (("a star", "--scene", "a"), "'a star' beside them"),
@@ -131,6 +150,7 @@ def test_what_does_not_go_together_is_refused_in_words(
         (("--scene", "a", "--task", "text_to_video"), "--task is an option of single clips"),
         (("--scene", "a", "--upsample"), "--upsample is an option of single clips"),
         (("--scene", "a", "--loop"), "two scenes or more"),
+        (("a blue thing", "--like", tmp_path / "film.mp4"), "whose prompts are those of its scenes"),
         (("--scene", "a", "--loop", "--until", clip), "not both"),
         (("a", "--stream", "--num-samples", "2"), "--stream writes one clip"),
         (("a", "--stream", "-o", tmp_path / "a.gif"), "--stream writes .mp4"),

@@ -1,7 +1,10 @@
 """Films of a tiny bundle: what scenes share, what they see, how they are joined, and the same piece by piece."""
 
+import contextlib
 import dataclasses
 import json
+import threading
+import time
 from collections.abc import Iterator
 from typing import Any
 
@@ -207,8 +210,6 @@ def test_a_loop_arrives_where_it_began(pipeline: Pipeline, asked: list[Generatio
     expected = pipeline.codecs.encode_frames(np.concatenate([still, goal]))[-1]
     assert last.video_out is not None
     np.testing.assert_array_equal(last.video_out[-1], expected)
-    with pytest.raises(ConfigError, match="two scenes or more"):
-        film(pipeline, scenes=("a",), loop=True)
 
 
 @pytest.mark.parametrize(
@@ -230,7 +231,9 @@ def test_pieces_are_the_whole(pipeline: Pipeline, options: dict[str, Any]) -> No
     samples = [piece.samples for piece in pieces if piece.samples is not None]
     np.testing.assert_array_equal(np.concatenate(frames), arrays(whole.clip)[0])
     np.testing.assert_array_equal(np.concatenate(samples), arrays(whole.clip)[1])
+    assert pieces[-1].is_last
     assert pieces[-1].metadata == whole.metadata
+    assert pieces[0].metadata == {key: value for key, value in whole.metadata.items() if key != "ids_sha256"}
     assert len(frames) >= len(whole.scenes)
 
 
@@ -252,20 +255,61 @@ def test_pieces_of_a_clip_are_the_whole(pipeline: Pipeline, task: str) -> None:
 
 
 def test_frames_come_while_later_ones_are_not_written_yet(pipeline: Pipeline, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The writer is held after the first latent frame: only then can its frame have come before the rest."""
+    request = ClipRequest(task="text_to_video_audio", text="a", sampling=SEEDED)
     written: list[int] = []
+    frame_seen = threading.Event()
+    stream = pipeline.engine.stream
+    first_frame = 1 + int(np.prod(pipeline.geometry.latent_shape[1:]))
+
+    def held(requests: Any, progress: Any = None, watch: Any = None) -> Any:
+        def told(index: int, ids: Any) -> None:
+            written.append(len(ids))
+            watch(index, ids)
+            if len(ids) == first_frame + 1:
+                assert frame_seen.wait(60)
+
+        return stream(requests, progress, told)
+
+    monkeypatch.setattr(pipeline.engine, "stream", held)
+    pieces = stream_clip(pipeline, request)
+    assert next(pieces).metadata
+    frames = next(pieces).frames
+    assert frames is not None
+    assert len(frames) == 1
+    frame_seen.set()
+    pieces.close()  # the writer ends at its next id
+    assert threading.active_count() == 1 or not any(t.name.startswith("poet-writer") for t in threading.enumerate())
+    assert max(written) < max_output_length(pipeline.prepare(request).generation.grammar)
+
+
+@pytest.mark.parametrize("decoding", [None, ParallelDecoding(num_steps=9)])
+def test_a_stream_that_is_given_up_has_stopped_its_writer(
+    pipeline: Pipeline, monkeypatch: pytest.MonkeyPatch, decoding: ParallelDecoding | None
+) -> None:
+    """Even where the error that ends it is somewhere else, and keeps what has been written alive."""
+    steps: list[int] = []
     stream = pipeline.engine.stream
 
-    def watched(requests: Any, progress: Any = None, watch: Any = None) -> Any:
-        return stream(requests, progress, lambda index, ids: (written.append(len(ids)), watch(index, ids)))
+    def counted(requests: Any, progress: Any = None, watch: Any = None) -> Any:
+        def told(done: int) -> None:
+            steps.append(done)
+            time.sleep(0.01)
+            progress(done)
 
-    monkeypatch.setattr(pipeline.engine, "stream", watched)
-    pieces = stream_clip(pipeline, ClipRequest(task="text_to_video_audio", text="a", sampling=SEEDED))
-    first = next(pieces)
-    assert first.frames is not None
-    assert len(first.frames) == 1
-    pieces.close()  # the writer ends at its next id
-    prepared = pipeline.prepare(ClipRequest(task="text_to_video_audio", text="a", sampling=SEEDED))
-    assert max(written) <= max_output_length(prepared.generation.grammar)
+        return stream(requests, told, watch)
+
+    monkeypatch.setattr(pipeline.engine, "stream", counted)
+    request = FilmRequest(scenes=("a", "b"), sampling=SEEDED, decoding=decoding)
+    pieces = stream_film(pipeline, request)
+    with pytest.raises(ZeroDivisionError), contextlib.closing(pieces):
+        next(pieces)
+        next(pieces)
+        raise ZeroDivisionError
+    assert not any(thread.name.startswith("poet-writer") for thread in threading.enumerate())
+    count = len(steps)
+    time.sleep(0.1)
+    assert len(steps) == count
 
 
 def test_an_engines_error_reaches_whoever_takes_pieces(pipeline: Pipeline, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -284,7 +328,11 @@ def test_films_that_cannot_be_are_refused(pipeline: Pipeline) -> None:
         ({"memory": -1}, "memory must be at least 0"),
         ({"loop": True, "end": given(pipeline, 3)}, "not both"),
         ({"start": Clip(frames=None, fps=8, samples=np.zeros(9, np.float32), sample_rate=16000)}, "has none"),
-        ({"start": Clip(frames=np.zeros((2, 8, 8, 3), np.uint8), fps=8, samples=None, sample_rate=1)}, "pixels"),
+        ({"start": Clip(frames=np.zeros((2, 8, 8, 3), np.uint8), fps=8, samples=None, sample_rate=1)}, "film's start"),
+        ({"end": Clip(frames=np.zeros((2, 8, 8, 3), np.uint8), fps=8, samples=None, sample_rate=1)}, "film's end"),
+        ({"start": dataclasses.replace(given(pipeline, 3), fps=30.0)}, "film's start must have"),
+        ({"end": dataclasses.replace(given(pipeline, 3), sample_rate=48000)}, "film's end must have"),
+        ({"scenes": ("a",), "loop": True}, "two scenes or more"),
         ({"scenes": ("a", "b" * 100_001)}, "at most 100,000 characters"),
     ):
         with pytest.raises(ConfigError, match=words):
@@ -301,8 +349,50 @@ def test_a_model_that_has_not_learnt_films_is_not_asked_for_them(bundle: Bundle)
             film(ignorant)
         assert len(film(ignorant, memory=0, scenes=("a", "b")).scenes) == 2
         assert len(film(ignorant, scenes=("a",)).scenes) == 1
-        taught = Pipeline(dataclasses.replace(bundle, config=content | {"trained_films": True}), engine)
-        assert len(film(taught, scenes=("a", "b")).scenes) == 2
+        one_frame = given(ignorant, 1)
+        assert len(film(ignorant, scenes=("a",), start=one_frame).scenes) == 1  # it sees no scene before it
+        taught = dataclasses.replace(bundle, config=content | {"trained_films": 3})
+        assert len(film(Pipeline(taught, engine), scenes=("a", "b")).scenes) == 2
+        assert scenes_needed(taught, [FilmRequest(scenes=("a",) * 5)]) == 3  # as many as it has met
+        assert scenes_needed(taught, [FilmRequest(scenes=("a",) * 5, memory=3)]) == 4
+
+
+def test_nothing_is_written_of_a_film_whose_last_scene_cannot_be(
+    pipeline: Pipeline, asked: list[GenerationRequest], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    check = pipeline.engine.check
+
+    def refusing(request: GenerationRequest, *, index: int = 0) -> None:
+        if len(request.context_ids) > 2 * pipeline.bundle.model_config.scene_length:
+            raise ConfigError("too long for this engine")
+        check(request, index=index)
+
+    monkeypatch.setattr(pipeline.engine, "check", refusing)
+    with pytest.raises(ConfigError, match="too long for this engine"):
+        film(pipeline)
+    assert not asked
+    monkeypatch.undo()
+    penalised = dataclasses.replace(SEEDED, repetition_penalty=1.2)
+    assert len(film(pipeline, scenes=("a", "b"), loop=True, sampling=penalised).scenes) == 2
+
+
+def test_a_negative_prompt_is_recorded_though_the_last_scene_has_none(pipeline: Pipeline) -> None:
+    guided = dataclasses.replace(SEEDED, guidance_scale=2.0)
+    made = film(pipeline, scenes=("a", None), negative_text="b", sampling=guided)
+    assert made.metadata["negative_prompt"] == "b"
+
+
+@pytest.mark.parametrize(("fps", "rate"), [(7.0, 1600), (24.0, 16000), (8.0, 16000)])
+def test_sound_stands_where_its_frames_do_however_many_scenes(fps: float, rate: int) -> None:
+    join, frames, samples = SeamlessJoin(fps=fps, sample_rate=rate), 0, []
+    for number in range(12):
+        frames += len(join.add_frames(np.zeros((17, 2, 2, 3), np.uint8), starts=True, ends=True))
+        samples.append(join.add_samples(np.full(round(17 * rate / fps) - number % 2, 0.1, np.float32)))
+        assert abs(sum(map(len, samples)) - frames * rate / fps) < 1
+    rest = join.close()
+    frames += len(rest[0])
+    assert frames == 1 + 12 * 16
+    assert sum(map(len, samples)) + len(rest[1]) == round(frames * rate / fps)
 
 
 def test_the_first_scenes_are_forgotten_where_positions_end(pipeline: Pipeline, asked: list[GenerationRequest]) -> None:
@@ -322,9 +412,10 @@ def test_seeds_are_drawn_once_and_kept(pipeline: Pipeline) -> None:
 
 def test_a_fade_keeps_the_power_of_sounds_that_have_nothing_to_do_with_each_other() -> None:
     rng = np.random.default_rng(0)
-    join = SeamlessJoin(fps=8, sample_rate=16000)
-    parts = [join.add_samples(rng.normal(0, 0.1, 34000).astype(np.float32)) for _ in range(3)]
-    join.add_frames(np.zeros((17, 4, 4, 3), np.uint8), starts=True, ends=True)
+    join, parts = SeamlessJoin(fps=8, sample_rate=16000), []
+    for _ in range(3):
+        join.add_frames(np.zeros((17, 4, 4, 3), np.uint8), starts=True, ends=True)
+        parts.append(join.add_samples(rng.normal(0, 0.1, 34000).astype(np.float32)))
     sound = np.concatenate([*parts, join.close()[1]])
     assert len(sound) == 34000 + 2 * 32000
     for border in (32000, 64000):

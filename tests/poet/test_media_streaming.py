@@ -14,7 +14,7 @@ import pytest
 from numpy.typing import NDArray
 
 from poet.errors import ConfigError, MediaError, ShapeError
-from poet.media import Clip, ClipStream, probe, read_clip, write_clip
+from poet.media import Clip, ClipStream, probe, read_audio, read_clip, write_clip
 
 AAC_FRAME = 1024
 BEHIND = 2
@@ -117,6 +117,52 @@ def test_a_finished_stream_is_the_clip_that_write_clip_writes(tmp_path: Path, fp
     data = (tmp_path / "pieces.mp4").read_bytes()
     assert b"moof" not in data
     assert data.index(b"moov") < data.index(b"mdat")  # the index first, as in any other clip
+
+
+@pytest.mark.parametrize("order", ["sound first", "in turns", "one picture"])
+def test_sound_is_in_time_in_whatever_order_it_comes(tmp_path: Path, order: str) -> None:
+    frames, samples = smooth_frames(1 if order == "one picture" else 9), chirp(18000)
+    with opened(tmp_path / "a.mp4") as stream:
+        if order == "in turns":
+            for place in range(9):
+                stream.write(samples=samples[2000 * place : 2000 * (place + 1)])
+                stream.write(frames=frames[place : place + 1])
+        else:
+            stream.write(samples=samples)
+            stream.write(frames=frames)
+    back = read_audio(tmp_path / "a.mp4", RATE)
+    assert 0 <= len(back) - 18000 < AAC_FRAME
+    assert lag(back, samples) == 0
+
+
+def test_a_growing_file_says_already_what_makes_it(tmp_path: Path) -> None:
+    with opened(tmp_path / "a.mp4", sample_rate=None) as stream:
+        stream.metadata = {"prompt": "a star"}
+        stream.write(frames=smooth_frames(4))
+        assert probe(tmp_path / "a.mp4").metadata == {"prompt": "a star"}
+        stream.metadata = METADATA
+    assert probe(tmp_path / "a.mp4").metadata == METADATA
+
+
+def test_a_link_is_replaced_and_what_it_leads_to_stays(tmp_path: Path) -> None:
+    (tmp_path / "real").mkdir()
+    real, link = tmp_path / "real" / "x.mp4", tmp_path / "link.mp4"
+    real.write_bytes(b"somebody's")
+    link.symlink_to(real)
+    with opened(link, sample_rate=None) as stream:
+        stream.write(frames=smooth_frames(4))
+    assert real.read_bytes() == b"somebody's"
+    assert not link.is_symlink()
+    assert num_pictures(link) == 4
+
+
+def test_a_first_piece_that_cannot_be_written_leaves_the_old_file_and_nothing_else(tmp_path: Path) -> None:
+    path = tmp_path / "a.mp4"
+    path.write_bytes(b"the old one")
+    with pytest.raises(MediaError, match="cannot be written"), opened(path, height=2, width=20_000) as stream:
+        stream.write(frames=np.zeros((1, 2, 20_000, 3), np.uint8))
+    assert path.read_bytes() == b"the old one"
+    assert list(tmp_path.iterdir()) == [path]
 
 
 def test_pictures_alone_of_odd_size(tmp_path: Path) -> None:

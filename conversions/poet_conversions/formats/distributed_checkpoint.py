@@ -51,7 +51,7 @@ class About:
         trained_tasks: task names, or none if nobody knows.
         dtype: in which a bundle holds its weights.
         trained_parallel: whether the model has learnt to write many ids at once.
-        trained_films: whether it has learnt scenes behind earlier scenes.
+        trained_films: scenes of the longest films that it has learnt; None: it has learnt none.
     """
 
     config: PoetConfig
@@ -59,7 +59,7 @@ class About:
     trained_tasks: tuple[str, ...] | None
     dtype: str
     trained_parallel: bool = False
-    trained_films: bool = False
+    trained_films: int | None = None
 
     def to_dict(self) -> dict[str, Any]:
         """Plain values; inverse of `from_dict`."""
@@ -83,7 +83,7 @@ class About:
             trained_tasks=None if tasks is None else tuple(tasks),
             dtype=str(values["dtype"]),
             trained_parallel=bool(values.get("trained_parallel", False)),  # not said before there was such a way
-            trained_films=bool(values.get("trained_films", False)),
+            trained_films=values.get("trained_films"),
         )
 
 
