@@ -51,8 +51,8 @@ def film_sheet(films: Sequence[tuple[Sequence[Clip], Sequence[ToyboxClip], FilmV
     ]
     if not 1 <= len(rows) <= LONGEST_SHEET:
         raise ConfigError(
-            f"a sheet of films holds 1 to {LONGEST_SHEET} lines of {SCENES_PER_LINE} scenes, got {len(rows)}. Split the "
-            "films over several sheets."
+            f"a sheet of films holds 1 to {LONGEST_SHEET} lines of {SCENES_PER_LINE} scenes, got {len(rows)}. Split "
+            "the films over several sheets."
         )
     figure = Figure(figsize=(_SHEET_WIDTH, _LINE_HEIGHT * len(rows)), dpi=_DOTS_PER_INCH, facecolor="white")
     FigureCanvasAgg(figure)

@@ -21,7 +21,7 @@ from poet import __version__
 from poet.bundle import Bundle
 from poet.errors import ConfigError
 from poet.generation.canvas import ParallelDecoding, plan_canvas
-from poet.generation.codecs import ClipCodecs
+from poet.generation.clip_codecs import ClipCodecs
 from poet.generation.engine import Engine, GenerationRequest
 from poet.generation.provenance import (
     describe_adapter,

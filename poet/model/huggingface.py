@@ -251,7 +251,7 @@ class _SharedCache(KeyValueCache):
     """A transformers cache, which `generate()` reorders and crops as it likes, under the reference's interface."""
 
     def __init__(self, cache: Cache, length: int, config: PoetConfig) -> None:
-        self.max_len = config.max_position_embeddings
+        self.max_len, self.context = config.max_position_embeddings, 0
         self.layers = tuple(_SharedLayer(cache, layer, length) for layer in range(config.num_layers))
 
 
