@@ -145,6 +145,7 @@ def is_there(process: int) -> bool:
     return stat.exists() and stat.read_text().rpartition(")")[2].split()[0] != "Z"
 
 
+@pytest.mark.slow
 @pytest.mark.skipif(not sys.platform.startswith("linux"), reason="reads /proc")
 def test_a_signal_saves_and_a_killed_launcher_takes_its_processes_along(recipe: Path, tmp_path: Path) -> None:
     launcher = start(recipe, tmp_path)
