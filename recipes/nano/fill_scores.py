@@ -2,10 +2,11 @@
 
     poet evaluate -o runs/nano/evaluation
     poet evaluate --what reconstruction -o runs/nano/reconstruction
-    python recipes/nano/fill_scores.py runs/nano/evaluation runs/nano/reconstruction
+    poet evaluate --what films --count 40 -o runs/nano/films
+    python recipes/nano/fill_scores.py runs/nano/evaluation runs/nano/reconstruction --films runs/nano/films
 
-What stands between `<!-- scores -->` or `<!-- tokenizers -->` and the next `<!-- end -->` of a page is replaced. No
-figure on these pages is typed by hand.
+What stands between `<!-- scores -->`, `<!-- tokenizers -->` or `<!-- films -->` and the next `<!-- end -->` of a page is
+replaced. No figure on these pages is typed by hand.
 """
 
 from __future__ import annotations
@@ -70,6 +71,35 @@ def tokenizers(reports: dict[str, dict[str, Any]]) -> str:
     return "\n".join(lines).replace("%", " %")
 
 
+FILM_MEASURES: Final = {
+    "attributes right": "**all attributes, all scenes**",
+    "last scene minus first, points": "last scene less the first",
+    "films with the object asked for in all scenes": "films whose object has its colour, shape and size in all scenes",
+    "scenes with the object asked for": "scenes whose object has them",
+    "borders with a jump under 4 pixels": "borders at which it stays where it was, within 4 pixels",
+    "borders with a click ratio under 2": "borders without a click",
+    "borders with a click ratio under 2, as drawn": "borders without one in the drawn films",
+}
+
+
+def films(report: dict[str, Any], commit: str) -> str:
+    """How films fare, from the report.json of `poet evaluate --what films`."""
+    about, measures = report["about"], report["measures"]
+    title = str(report["title"]).removesuffix(" a split")
+    lines = [
+        f"{title} a split (`poet evaluate --what films`, commit {commit}, {about['date']}, temperature "
+        f"{about['temperature']}):",
+        "",
+        "| | seen | unseen |",
+        "|---|---|---|",
+    ]
+    for name, label in FILM_MEASURES.items():
+        form = "{:+.1f} points" if name.endswith("points") else "{:.1%}"
+        shown = [form.format(measures[f"{name}, {split}"]) for split in SPLITS]
+        lines.append(f"| {label} | {' | '.join(shown)} |")
+    return "\n".join(lines).replace("%", " %")
+
+
 def measured_at(report: dict[str, Any]) -> str:
     """The commit that a report names; the present one for a report that names none."""
     named = report["about"].get("commit")
@@ -97,6 +127,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
     parser = argparse.ArgumentParser(description=(__doc__ or "").partition("\n")[0])
     parser.add_argument("evaluation", type=Path, help="what `poet evaluate -o` wrote")
     parser.add_argument("reconstruction", type=Path, help="what `poet evaluate --what reconstruction -o` wrote")
+    parser.add_argument("--films", type=Path, help="what `poet evaluate --what films -o` wrote")
     options = parser.parse_args(arguments)
     report = json.loads((options.evaluation / "report.json").read_text(encoding="utf-8"))
     blocks = {
@@ -105,6 +136,9 @@ def main(arguments: Sequence[str] | None = None) -> None:
             {split: json.loads((options.reconstruction / split / "report.json").read_text()) for split in SPLITS}
         ),
     }
+    if options.films is not None:
+        of_films = json.loads((options.films / "report.json").read_text(encoding="utf-8"))
+        blocks["films"] = films(of_films, measured_at(of_films))
     for page in PAGES:
         file = ROOT / page
         file.write_text(filled(file.read_text(encoding="utf-8"), blocks), encoding="utf-8")

@@ -146,7 +146,7 @@ def test_a_missing_peer_is_named_with_what_to_do(tmp_path: Path) -> None:
 
 
 def test_benchmarks_can_be_skipped_by_name() -> None:
-    names = ("SKIP_CODEC", "SKIP_VLLM", "SKIP_PARALLEL", "SKIP_MEGATRON")
+    names = ("SKIP_CODEC", "SKIP_VLLM", "SKIP_PARALLEL", "SKIP_FILMS", "SKIP_MEGATRON")
     environment = dict.fromkeys(names, "1") | {"PATH": "/usr/bin:/bin"}
     command = ["bash", str(BENCHMARKS / "run.sh")]
     done = subprocess.run(command, capture_output=True, text=True, check=False, env=environment)
@@ -187,6 +187,80 @@ def test_shares_are_read_from_the_report_by_split() -> None:
     assert "| picture and sound in step | 75.0 % |  |" in lines
     assert "4 generated clips" in lines[0]
     assert "abc1234, 2026-11-20, torch, temperature 0.9, top-p 1.0, top-k off, guidance 2.0" in lines[1]
+
+
+def test_figures_of_films_are_read_from_their_report() -> None:
+    script = _load(ROOT / "recipes" / "nano" / "fill_scores.py")
+    measures = {f"{name}, {split}": 0.911 for name in script.FILM_MEASURES for split in ("seen", "unseen")}
+    measures["last scene minus first, points, seen"] = -4.64
+    report = {
+        "title": "Films of 8 scenes, 40 a split",
+        "about": {"date": "2026-11-22", "temperature": 0.9},
+        "measures": measures,
+    }
+    lines = script.films(report, "abc1234").splitlines()
+    assert lines[0].startswith(
+        "Films of 8 scenes, 40 a split (`poet evaluate --what films`, commit abc1234, 2026-11-22"
+    )
+    assert "| **all attributes, all scenes** | 91.1 % | 91.1 % |" in lines
+    assert "| last scene less the first | -4.6 points | +0.9 points |" in lines
+
+
+@pytest.fixture(scope="module")
+def long_films() -> ModuleType:
+    return _load(BENCHMARKS / "films_versus_full_attention.py")
+
+
+def test_scenes_of_films_are_compared_with_the_first_and_with_full_attention(
+    long_films: ModuleType, tmp_path: Path
+) -> None:
+    def cost(seconds: float, prefill: float, pages: int) -> dict[str, float]:
+        return {"seconds": seconds, "prefill": prefill, "pages": pages}
+
+    found = {
+        "scenes": {1: [cost(2, 0.1, 50), cost(4, 0.1, 50)], 28: [cost(3, 0.2, 185), cost(5, 0.4, 185)]},
+        "full": {1: [cost(2, 0.1, 50)], 28: [cost(30, 10, 1400)]},
+    }
+    rows = long_films.compare(found, 1000)
+    assert rows["28"]["scenes"] == {
+        "seconds": 4.0, "prefill": 0.3, "pages": 185, "cache_bytes": 185_000, "times_first": 1.375,
+    }  # fmt: skip
+    assert (rows["28"]["full_over_scenes_seconds"], rows["28"]["full_over_scenes_prefill"]) == (10, 50)
+    assert rows["1"]["scenes"]["times_first"] == 1
+    report = {
+        "scenes": rows,
+        "most_pages": {"1": 54, "28": 185},
+        "first_frame": {"first_frame": 0.29, "whole_clip": 2.1, "share": 0.138, "highest_share": 0.15},
+    }
+    table = long_films.table(report)
+    assert "| 28 | 4.00 | 1.38 | 0.300 | 185 (185) | 0.2 MB | 30.00 (10.0 times) | 10.000 (50 times) | 1400 |" in table
+    assert "14 % (at most 15 %)" in table
+    long_films.plot(report, tmp_path / "plot.png")
+    assert (tmp_path / "plot.png").stat().st_size > 10_000
+    alone = long_films.compare({"scenes": found["scenes"]}, 1000)
+    assert "full" not in alone["28"]
+    assert "| 28 | 4.00 | 1.38 | 0.300 | 185 (185) | 0.2 MB |  |  |  |" in long_films.table(report | {"scenes": alone})
+
+
+def test_pages_of_a_film_are_those_of_one_layer_and_of_one_scene_in_the_others(
+    long_films: ModuleType, capsys: pytest.CaptureFixture[str]
+) -> None:
+    config = Bundle.open(default_bundle()).model_config
+    scene, layers = config.scene_length, config.num_layers
+    assert (
+        long_films.most_pages(config, 28, 500, 128) == math.ceil((27 * scene + 500) / 128) + (layers - 1) * scene // 128
+    )
+    assert long_films.parse(["--scenes", "8", "1", "8"]).scenes == [1, 8]
+    with pytest.raises(SystemExit):
+        long_films.parse(["--rounds", "0"])
+    assert "at least 1" in capsys.readouterr().err
+
+
+def test_a_request_stands_behind_as_many_scenes_as_it_is_asked_for(long_films: ModuleType) -> None:
+    bundle = Bundle.open(default_bundle())
+    asked = long_films.request_of(bundle, 3, 7)
+    assert len(asked.context_ids) == 2 * bundle.model_config.scene_length
+    assert not long_films.request_of(bundle, 1, 7).context_ids
 
 
 def test_scores_carry_the_commit_that_the_report_names_and_the_present_one_only_for_a_report_without(
