@@ -133,7 +133,8 @@ def measure_first_frame(path: Path, rounds: int) -> dict[str, float]:
             request = ClipRequest(task="text_to_video_audio", text="A red ball moves up.", sampling=sampling)
             begun = time.perf_counter()
             pieces = stream_clip(pipeline, request)
-            next(pieces)
+            while next(pieces).frames is None:
+                pass
             first = time.perf_counter() - begun
             list(pieces)
             found += [(first, time.perf_counter() - begun)] if turn else []

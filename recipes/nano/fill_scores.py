@@ -5,8 +5,8 @@
     poet evaluate --what films --count 40 -o runs/nano/films
     python recipes/nano/fill_scores.py runs/nano/evaluation runs/nano/reconstruction --films runs/nano/films
 
-What stands between `<!-- scores -->`, `<!-- tokenizers -->` or `<!-- films -->` and the next `<!-- end -->` of a page is
-replaced. No figure on these pages is typed by hand.
+What stands between `<!-- scores -->`, `<!-- tokenizers -->` or `<!-- films -->` and the next `<!-- end -->` of a page
+is replaced. No figure on these pages is typed by hand.
 """
 
 from __future__ import annotations
@@ -126,16 +126,19 @@ def main(arguments: Sequence[str] | None = None) -> None:
     """Fill all pages."""
     parser = argparse.ArgumentParser(description=(__doc__ or "").partition("\n")[0])
     parser.add_argument("evaluation", type=Path, help="what `poet evaluate -o` wrote")
-    parser.add_argument("reconstruction", type=Path, help="what `poet evaluate --what reconstruction -o` wrote")
+    parser.add_argument(
+        "reconstruction",
+        type=Path,
+        nargs="?",
+        help="what `poet evaluate --what reconstruction -o` wrote; left out where the tokenizers are as they were",
+    )
     parser.add_argument("--films", type=Path, help="what `poet evaluate --what films -o` wrote")
     options = parser.parse_args(arguments)
     report = json.loads((options.evaluation / "report.json").read_text(encoding="utf-8"))
-    blocks = {
-        "scores": scores(report, measured_at(report)),
-        "tokenizers": tokenizers(
-            {split: json.loads((options.reconstruction / split / "report.json").read_text()) for split in SPLITS}
-        ),
-    }
+    blocks = {"scores": scores(report, measured_at(report))}
+    if options.reconstruction is not None:
+        kept = {split: json.loads((options.reconstruction / split / "report.json").read_text()) for split in SPLITS}
+        blocks["tokenizers"] = tokenizers(kept)
     if options.films is not None:
         of_films = json.loads((options.films / "report.json").read_text(encoding="utf-8"))
         blocks["films"] = films(of_films, measured_at(of_films))
