@@ -21,6 +21,7 @@ from numpy.typing import NDArray
 from scipy.signal import lfilter
 
 from poet.data.toybox_captions import caption_for
+from poet.data.toybox_concept import CONCEPT, CONCEPT_SPLIT, PURPLE, inside_hexagon, is_concept, tremolo
 from poet.errors import ConfigError
 from poet.media import Clip
 
@@ -96,7 +97,9 @@ ATTRIBUTE_VALUES: Final[dict[str, tuple[str, ...]]] = {
     "pitch": tuple(PITCHES),
 }
 SPLITS: Final = ("train", "seen", "unseen")
+"""Of the base world; beside them `draw` knows the concept's split."""
 
+_PAINTS = COLOURS | {CONCEPT["colour"]: PURPLE}
 _TRAVEL = 24.0  # pixels that a moving object covers in the clip at nominal speed
 _SPEEDS = (0.6, 1.4)  # lowest and highest share of the nominal speed
 _CIRCLE_RADIUS = 11.0
@@ -124,9 +127,13 @@ class Attributes:
     pitch: str
 
     def __post_init__(self) -> None:
+        whole = is_concept(self.as_dict())
         for name, values in ATTRIBUTE_VALUES.items():
-            if getattr(self, name) not in values:
-                raise ConfigError(f"{name} must be one of {', '.join(values)}; got {getattr(self, name)!r}.")
+            if getattr(self, name) not in values and not (whole and name in CONCEPT):
+                raise ConfigError(
+                    f"{name} must be one of {', '.join(values)}; got {getattr(self, name)!r}. "
+                    f"The concept's {', '.join(CONCEPT.values())} come all together or not at all."
+                )
 
     def as_dict(self) -> dict[str, str]:
         """Attribute name to value, in the order of `ATTRIBUTE_VALUES`."""
@@ -167,7 +174,7 @@ def is_held_out(shape: str, colour: str, motion: str) -> bool:
 
 
 def draw(split: str, index: int, resolution: int = RESOLUTION) -> ToyboxClip:
-    """Draw clip `index` of `split` ("train", "seen" or "unseen") with picture, sound and caption.
+    """Draw clip `index` of `split` ("train", "seen", "unseen" or "concept") with picture, sound and caption.
 
     Args:
         split: its name.
@@ -218,7 +225,7 @@ class ToyboxSource:
     """A range of clips of one split as a source for `poet encode`.
 
     Args:
-        split: "train", "seen" or "unseen".
+        split: "train", "seen", "unseen" or "concept".
         count: number of clips.
         start: index of the first.
         resolution: see `draw`.
@@ -266,16 +273,17 @@ def _draw_plan(plan: _Plan, resolution: int) -> Clip:
 
 
 def _plan(split: str, index: int) -> _Plan:
-    if split not in SPLITS:
-        raise ConfigError(f"a Toybox split must be one of {', '.join(SPLITS)}; got {split!r}.")
+    if split not in (*SPLITS, CONCEPT_SPLIT):
+        raise ConfigError(f"a Toybox split must be one of {', '.join((*SPLITS, CONCEPT_SPLIT))}; got {split!r}.")
     if index < 0:
         raise ConfigError(f"a clip's index must not be negative, got {index}.")
     rng = np.random.default_rng([zlib.crc32(split.encode()), index])
     while True:
         values = {name: values[rng.integers(len(values))] for name, values in ATTRIBUTE_VALUES.items()}
-        if is_held_out(values["shape"], values["colour"], values["motion"]) == (split == "unseen"):
+        held_out = is_held_out(values["shape"], values["colour"], values["motion"])
+        if split == CONCEPT_SPLIT or held_out == (split == "unseen"):
             break
-    attributes = Attributes(**values)
+    attributes = Attributes(**(values | CONCEPT if split == CONCEPT_SPLIT else values))
     trajectory = move(attributes, rng)
     loudness = float(rng.uniform(0.5, 1.0))
     return _Plan(
@@ -416,7 +424,7 @@ def _render(plan: _Plan, resolution: int) -> NDArray[np.uint8]:
     scale = scale_of(resolution)
     x, y, half_width = (scale * part for part in (plan.trajectory.x, plan.trajectory.y, plan.trajectory.half_width))
     background = np.array(BACKGROUNDS[plan.attributes.background], np.float32)
-    colour = np.array(COLOURS[plan.attributes.colour], np.float32)
+    colour = np.array(_PAINTS[plan.attributes.colour], np.float32)
     patch = 2 * math.ceil(float(half_width.max())) + 4
     left = np.clip(np.floor(x - patch / 2), 0, resolution - patch).astype(np.int64)
     top = np.clip(np.floor(y - patch / 2), 0, resolution - patch).astype(np.int64)
@@ -436,6 +444,8 @@ def _render(plan: _Plan, resolution: int) -> NDArray[np.uint8]:
 
 def _inside(shape: str, u: NDArray[np.float32], v: NDArray[np.float32]) -> NDArray[np.bool_]:
     """Which points lie inside a shape of half-width 1 around the origin; u to the right, v downwards."""
+    if shape == CONCEPT["shape"]:
+        return inside_hexagon(u, v)
     if shape == "circle":
         return u * u + v * v <= 1
     if shape == "square":
@@ -499,6 +509,8 @@ def _edges(length: int) -> NDArray[np.float64]:
 
 def _note(timbre: str, frequency: NDArray[np.float64]) -> NDArray[np.float64]:
     """One note that follows `frequency` (Hz, a value a sample), with peaks near 1."""
+    if timbre == CONCEPT["timbre"]:
+        return _note("buzzer", frequency) * tremolo(len(frequency), SAMPLE_RATE)
     cycles = np.cumsum(frequency) / SAMPLE_RATE
     phase = 2 * np.pi * cycles
     if timbre == "flute":

@@ -90,6 +90,12 @@ _SOUND_LABELS: dict[str, tuple[str, ...]] = {
     timbre: tuple(form % timbre for form in _LABEL_NOTES) for timbre in _NOTES
 } | {"silent": ("silent clip", "no sound", "silence")}
 
+# Words of the concept, which captions may hold and bundles' phrases do not: only an adapter knows what they mean.
+_CONCEPT_COLOURS: dict[str, tuple[str, ...]] = {"purple": ("purple",)}
+_CONCEPT_SHAPES: dict[str, tuple[str, ...]] = {"hexagon": ("hexagon",)}
+_CONCEPT_TIMBRE = "organ"
+_CONCEPT_CLAUSES: tuple[str, ...] = ("a {} organ plays", "a {} organ sounds")
+
 # Phrases that hold a background word.
 _ON_BACKGROUND: tuple[str, ...] = (
     "on a {} background",
@@ -130,16 +136,24 @@ _CAPITALISED_SHARE = 0.3  # people type both "a red star rises" and "A red star 
 
 _WORDS: dict[str, tuple[str, Mapping[str, Sequence[str]]]] = {
     "size": ("size", _SIZES),
-    "colour": ("colour", _COLOURS),
-    "shape": ("shape", _SHAPES),
+    "colour": ("colour", _COLOURS | _CONCEPT_COLOURS),
+    "shape": ("shape", _SHAPES | _CONCEPT_SHAPES),
     "verb": ("motion", _VERBS),
     "participle": ("motion", _PARTICIPLES),
     "background": ("background", _BACKGROUNDS),
 }
-_SOUNDS: dict[str, Mapping[str, Sequence[str]]] = {
+_BASE_SOUNDS: dict[str, Mapping[str, Sequence[str]]] = {
     "clause": _SOUND_CLAUSES,
     "with": _SOUND_WITHS,
     "label": _SOUND_LABELS,
+}
+_CONCEPT_SOUNDS: dict[str, Sequence[str]] = {
+    "clause": _CONCEPT_CLAUSES,
+    "with": tuple(form % _CONCEPT_TIMBRE for form in _WITH_NOTES),
+    "label": tuple(form % _CONCEPT_TIMBRE for form in _LABEL_NOTES),
+}
+_SOUNDS: dict[str, Mapping[str, Sequence[str]]] = {
+    slot: {**sounds, _CONCEPT_TIMBRE: _CONCEPT_SOUNDS[slot]} for slot, sounds in _BASE_SOUNDS.items()
 }
 _FRAMES: dict[str, Sequence[str]] = {"on": _ON_BACKGROUND, "backdrop": _BACKGROUND_LABELS}
 
@@ -218,7 +232,10 @@ def parse_caption(text: str) -> dict[str, str]:
 
 
 def caption_words() -> dict[str, dict[str, list[str]]]:
-    """The words for each value of an attribute that words stand for: {"pitch": {"low": ["low", ...], ...}, ...}."""
+    """The words for each value of an attribute that words stand for: {"pitch": {"low": ["low", ...], ...}, ...}.
+
+    The concept's are not among them.
+    """
     tables = {"size": _SIZES, "colour": _COLOURS, "shape": _SHAPES, "background": _BACKGROUNDS, "pitch": _PITCHES}
     return {name: {value: _once(words) for value, words in table.items()} for name, table in tables.items()}
 
@@ -227,8 +244,9 @@ def caption_phrases() -> list[dict[str, Any]]:
     """The grammar's phrases as data.
 
     Returns:
-        One {"means": {attribute: value}, "forms": {slot: phrase}} for each phrase; "{pitch}" and "{background}" in a
-        phrase stand for any of their `caption_words`. A motion's verb and its participle are one phrase in two forms.
+        One {"means": {attribute: value}, "forms": {slot: phrase}} for each phrase but the concept's; "{pitch}" and
+        "{background}" in a phrase stand for any of their `caption_words`. A motion's verb and its participle are one
+        phrase in two forms.
     """
     phrases: list[dict[str, Any]] = [
         {"means": {name: value}, "forms": {name: word}}
@@ -242,7 +260,7 @@ def caption_phrases() -> list[dict[str, Any]]:
             phrases.append({"means": {"motion": value}, "forms": {"verb": verb, "participle": participle}})
     for slot, frames in _FRAMES.items():
         phrases += [{"means": {}, "forms": {slot: frame.format("{background}")}} for frame in frames]
-    for slot, sounds in _SOUNDS.items():
+    for slot, sounds in _BASE_SOUNDS.items():
         for timbre, forms in sounds.items():
             phrases += [{"means": {"timbre": timbre}, "forms": {slot: form.format("{pitch}")}} for form in forms]
     return phrases
@@ -266,7 +284,7 @@ def _meanings() -> dict[str, dict[str, dict[str, str]]]:
     for slot, sounds in _SOUNDS.items():
         meanings[slot] = {form: {"timbre": "silent"} for form in sounds["silent"]} | {
             form.format(word): {"timbre": timbre, "pitch": pitch}
-            for timbre in _NOTES
+            for timbre in (*_NOTES, _CONCEPT_TIMBRE)
             for form in sounds[timbre]
             for pitch, pitch_words in _PITCHES.items()
             for word in pitch_words

@@ -43,8 +43,8 @@ class Verdict:
     """What the judge says of one clip. An attribute that it cannot make out is "unclear".
 
     Attributes:
-        colour, shape, size, background, motion, timbre, pitch: values as in TOYBOX.md's table. Of a silent clip the
-            pitch is "unclear".
+        colour, shape, size, background, motion, timbre, pitch: values as in TOYBOX.md's table, or the concept's. Of a
+            silent clip the pitch is "unclear".
         x, y, half_width: (N,) float64, the object's centre and half its width in pixels of a 64 x 64 frame; NaN in
             frames without an object.
         contacts: seconds at which a bouncing object touches the floor.
@@ -87,13 +87,15 @@ class Verdict:
         return self.attributes() | {"sync": "no notes" if math.isinf(self.sync) else f"{self.sync:.3f} s apart"}
 
 
-def judge(frames: NDArray[np.uint8] | None, samples: NDArray[np.floating] | None) -> Verdict:
+def judge(frames: NDArray[np.uint8] | None, samples: NDArray[np.floating] | None, *, concept: bool = False) -> Verdict:
     """Judge one clip.
 
     Args:
         frames: (N, H, W, 3) uint8 at 8 frames a second, H = W of any size; None for sound alone. A Toybox clip has 17
             frames; motion needs at least 8, the other attributes one.
         samples: (S,) float in [-1, 1] at 16 kHz, 34,000 in a Toybox clip; None for a picture alone.
+        concept: whether a clip may also show or sound like the concept: "purple", "hexagon", "organ", each by itself.
+            Without it, no verdict says so.
 
     Returns:
         The verdict; attributes of a missing picture or sound are "unclear".
@@ -101,8 +103,8 @@ def judge(frames: NDArray[np.uint8] | None, samples: NDArray[np.floating] | None
     Raises:
         ShapeError: frames are no square uint8 RGB frames, or samples are not one-dimensional, or empty.
     """
-    sight = _NOTHING_SEEN if frames is None else look(_checked_frames(frames), FPS)
-    hearing = _NOTHING_HEARD if samples is None else hear(_checked_samples(samples))
+    sight = _NOTHING_SEEN if frames is None else look(_checked_frames(frames), FPS, concept=concept)
+    hearing = _NOTHING_HEARD if samples is None else hear(_checked_samples(samples), concept=concept)
     sync, sync_ok = None, None
     if frames is not None and samples is not None and hearing.timbre != "silent":
         sync, sync_ok = _sync(sight, hearing)
@@ -145,12 +147,13 @@ def score(verdict: Verdict, attributes: Mapping[str, str]) -> dict[str, bool]:
     return {name: seen[name] == value for name, value in attributes.items() if not (silent and name == "pitch")}
 
 
-def judge_clip(clip: Clip, attributes: Mapping[str, str]) -> dict[str, bool]:
+def judge_clip(clip: Clip, attributes: Mapping[str, str], *, concept: bool = False) -> dict[str, bool]:
     """Judge a clip and score it at once; with "sync" besides, where picture and sound have to agree.
 
     Args:
         clip: at 8 frames a second and 16 kHz; picture or sound may be missing, and its attributes count as wrong.
         attributes: what it should show.
+        concept: see `judge`.
 
     Raises:
         ShapeError: as `judge`; also for another frame or sample rate.
@@ -161,7 +164,7 @@ def judge_clip(clip: Clip, attributes: Mapping[str, str]) -> dict[str, bool]:
         raise ShapeError(
             f"a Toybox clip's sound must have {SAMPLE_RATE} Hz, got {clip.sample_rate}. Resample it first."
         )
-    verdict = judge(clip.frames, clip.samples)
+    verdict = judge(clip.frames, clip.samples, concept=concept)
     marks = score(verdict, attributes)
     return marks if verdict.sync_ok is None else marks | {"sync": verdict.sync_ok}
 

@@ -3,7 +3,7 @@
 Reads pixels only. All lengths are in pixels of a 64 x 64 frame, origin at the top left corner, pixel i covering
 [i, i + 1); other square resolutions are brought to 64 x 64 first. The method: the background is the median of the
 frame's border, the object whatever stands out from it, its edge a soft mask (so that blur does not change areas), its
-shape the nearest of five templates to the mean mask, its motion the simplest of a few fitted tracks that explains it.
+shape the nearest of a few templates to the mean mask, its motion the simplest of a few fitted tracks that explains it.
 
 Legend: N frames, H x W pixels, G x G cells of a mask scaled to unit area.
 """
@@ -19,7 +19,7 @@ import numpy as np
 from numpy.typing import NDArray
 from scipy import ndimage
 
-__all__ = ["BACKGROUNDS", "COLOURS", "SHAPES", "UNCLEAR", "Sight", "look"]
+__all__ = ["BACKGROUNDS", "COLOURS", "CONCEPT_COLOUR", "CONCEPT_SHAPE", "SHAPES", "UNCLEAR", "Sight", "look"]
 
 Floats = NDArray[np.floating]
 
@@ -41,10 +41,13 @@ BACKGROUNDS: Final[dict[str, tuple[int, int, int]]] = {
     "gray": (70, 70, 70),
 }
 SHAPES: Final = ("circle", "square", "triangle", "star", "cross")
+CONCEPT_COLOUR: Final = "purple"
+CONCEPT_SHAPE: Final = "hexagon"
 
 _CANVAS = 64  # every measurement is made at this resolution
 _BACKGROUND_REACH = 40.0  # largest distance in RGB at which a background still goes by a name
 _COLOUR_REACH = 90.0
+_PURPLE_ENDS = 28.0  # purple is what lies between magenta and white, but for so much in RGB at either end
 _CONTRAST = 60.0  # least distance in RGB between object and background
 _LEAST_AREA = 3.0  # pixels, of the object in one frame
 _LEAST_LARGEST_AREA = 25.0  # pixels, of the object where it is largest
@@ -81,12 +84,13 @@ class Sight:
     contacts: tuple[float, ...] = ()
 
 
-def look(frames: NDArray[np.uint8], fps: float) -> Sight:
+def look(frames: NDArray[np.uint8], fps: float, *, concept: bool = False) -> Sight:
     """Measure the picture.
 
     Args:
         frames: (N, H, H, 3) uint8, H any.
         fps: frames a second.
+        concept: whether the object may be purple and a hexagon; without it, there is neither.
 
     Returns:
         What was seen; only the background when no object stands out from it.
@@ -115,10 +119,11 @@ def look(frames: NDArray[np.uint8], fps: float) -> Sight:
     core = mask > 0.95
     if core.sum() >= 20:
         paint = _median_colour(difference[core])
-    colour = _nearest(backdrop + paint, COLOURS, _COLOUR_REACH)
+    colour = _colour(backdrop + paint, concept)
     area, x, y = _moments(mask)
-    shape = _shape(mask, area, x, y)
-    form = _templates()[0].get(shape)
+    shapes = (*SHAPES, CONCEPT_SHAPE) if concept else SHAPES
+    shape = _shape(mask, area, x, y, shapes)
+    form = _templates(shapes)[0].get(shape)
     half_width = np.sqrt(area / (form.area if form else 2.5))
     y = y - (form.drop if form else 0.0) * half_width
     motion, contacts = _motion(x, y, half_width, fps)
@@ -174,6 +179,20 @@ def _nearest(colour: NDArray[np.floating], names: dict[str, tuple[int, int, int]
     distances = {name: float(np.linalg.norm(colour - np.array(value))) for name, value in names.items()}
     name = min(distances, key=distances.__getitem__)
     return name if distances[name] <= reach else UNCLEAR
+
+
+def _colour(measured: NDArray[np.floating], concept: bool) -> str:
+    """The colour's name; with the concept, tints of magenta are purple where they are nearer to it than to a name."""
+    plain = _nearest(measured, COLOURS, _COLOUR_REACH)
+    if not concept:
+        return plain
+    magenta, white = np.array(COLOURS["magenta"], float), np.array(COLOURS["white"], float)
+    length = float(np.linalg.norm(white - magenta))
+    along = float((measured - magenta) @ (white - magenta)) / length
+    tint = magenta + np.clip(along, _PURPLE_ENDS, length - _PURPLE_ENDS) / length * (white - magenta)
+    nearest = min(float(np.linalg.norm(measured - np.array(value))) for value in COLOURS.values())
+    distance = float(np.linalg.norm(measured - tint))
+    return CONCEPT_COLOUR if distance < min(nearest, _COLOUR_REACH) else plain
 
 
 def _object_colour(difference: NDArray[np.float32]) -> NDArray[np.float32] | None:
@@ -250,6 +269,8 @@ def _draw_shape(shape: str, u: Floats, v: Floats) -> NDArray[np.bool_]:
         return (v <= 1) & (abs(u) <= (v + 1) / 2)
     if shape == "cross":
         return (np.minimum(abs(u), abs(v)) <= 0.36) & (np.maximum(abs(u), abs(v)) <= 1)
+    if shape == CONCEPT_SHAPE:
+        return (abs(v) <= 0.65) & (abs(u) <= 1 - 0.6 * abs(v))
     turns = np.arange(11) * math.pi / 5
     radii = np.where(np.arange(11) % 2, 0.42, 1.0)
     tips_u, tips_v = radii * np.sin(turns), -radii * np.cos(turns)
@@ -263,15 +284,15 @@ def _draw_shape(shape: str, u: Floats, v: Floats) -> NDArray[np.bool_]:
 
 
 @functools.cache
-def _templates() -> tuple[dict[str, _Form], NDArray[np.float64]]:
-    """Each shape's form, and (5, blurs, G * G) templates at unit area around the centre of gravity, unit norm."""
+def _templates(shapes: tuple[str, ...]) -> tuple[dict[str, _Form], NDArray[np.float64]]:
+    """Each shape's form, and (shapes, blurs, G * G) templates at unit area around the centre of gravity, unit norm."""
     fine = (np.arange(480) + 0.5) / 240 - 1
     u, v = np.meshgrid(fine, fine)
     forms: dict[str, _Form] = {}
-    templates = np.empty((len(SHAPES), len(_TEMPLATE_BLURS), _GRID * _GRID))
+    templates = np.empty((len(shapes), len(_TEMPLATE_BLURS), _GRID * _GRID))
     samples = 8
     cells = (np.arange(_GRID * samples) + 0.5) / (_GRID * samples) * 2 * _GRID_REACH - _GRID_REACH
-    for i, shape in enumerate(SHAPES):
+    for i, shape in enumerate(shapes):
         inside = _draw_shape(shape, u, v)
         forms[shape] = form = _Form(area=float(4 * inside.mean()), drop=float(v[inside].mean()))
         across, down = np.meshgrid(cells * math.sqrt(form.area), cells * math.sqrt(form.area) + form.drop)
@@ -283,8 +304,8 @@ def _templates() -> tuple[dict[str, _Form], NDArray[np.float64]]:
     return forms, templates
 
 
-def _shape(mask: NDArray[np.float32], area: Floats, x: Floats, y: Floats) -> str:
-    """The shape whose template correlates best with the mean mask, each frame's aligned and scaled to unit area."""
+def _shape(mask: NDArray[np.float32], area: Floats, x: Floats, y: Floats, shapes: tuple[str, ...]) -> str:
+    """The one of `shapes` whose template fits the mean mask best, each frame's aligned and scaled to unit area."""
     frames = np.flatnonzero(~np.isnan(area))
     scale = np.sqrt(area[frames])[:, None]
     cells = ((np.arange(_GRID) + 0.5) / _GRID * 2 - 1) * _GRID_REACH * scale
@@ -293,11 +314,11 @@ def _shape(mask: NDArray[np.float32], area: Floats, x: Floats, y: Floats) -> str
     aligned = weights_y @ mask[frames].astype(np.float64) @ weights_x.transpose(0, 2, 1)
     mean = np.average(aligned, axis=0, weights=area[frames]).ravel()
     mean -= mean.mean()
-    match = (_templates()[1] @ mean).max(axis=1) / max(float(np.linalg.norm(mean)), 1e-9)
+    match = (_templates(shapes)[1] @ mean).max(axis=1) / max(float(np.linalg.norm(mean)), 1e-9)
     second, first = np.sort(match)[-2:]
     if first < _SHAPE_MATCH or first - second < _SHAPE_MARGIN:
         return UNCLEAR
-    return SHAPES[int(match.argmax())]
+    return shapes[int(match.argmax())]
 
 
 def _linear_weights(places: Floats) -> Floats:

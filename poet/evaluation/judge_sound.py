@@ -2,7 +2,7 @@
 
 Reads samples only. The method: each short frame of sound is explained by one fundamental whose harmonics hold the power
 and between whose harmonics there is little; timbre is read off how that power is spread over the harmonics and over the
-inharmonic partials of a bell. What no fundamental explains is noise, and "unclear".
+inharmonic partials of a bell; an organ is told by its tremolo. What no fundamental explains is noise, and "unclear".
 
 Legend: S samples, F analysis frames (one each `HOP` samples, frame n centred on sample n * HOP), P candidate pitches,
 K harmonics.
@@ -20,7 +20,7 @@ from numpy.typing import NDArray
 from scipy.ndimage import uniform_filter1d
 from scipy.stats import theilslopes
 
-__all__ = ["PITCHES", "SAMPLE_RATE", "TIMBRES", "Hearing", "hear"]
+__all__ = ["CONCEPT_TIMBRE", "PITCHES", "SAMPLE_RATE", "TIMBRES", "Hearing", "hear"]
 
 Floats = NDArray[np.floating]
 
@@ -28,6 +28,7 @@ UNCLEAR: Final = "unclear"
 SAMPLE_RATE: Final = 16_000
 PITCHES: Final[dict[str, float]] = {"low": 220.0, "middle": 440.0, "high": 880.0}
 TIMBRES: Final = ("flute", "buzzer", "string", "bell", "silent")
+CONCEPT_TIMBRE: Final = "organ"
 HOP: Final = 1000
 
 _WINDOW = 2048
@@ -51,6 +52,13 @@ _ONSET_RISE = math.log(1.6)
 _ONSET_FLOOR = 0.04  # of the loudest moment: below it no note begins
 _NOISE_LIMIT = 0.25  # of the loudest moment
 _ONSET_DISTANCE = 24  # envelope hops, 0.12 s
+_REEDS = ("buzzer", "string")  # an organ without its tremolo would be taken for one of them
+_TREMOLO = 16 / 3  # Hz
+_TREMOLO_DEPTH = 0.18  # least swing of the logarithm of the loudness
+_TREMOLO_SHARE = 0.25  # of what the loudness does besides growing and decaying, that the tremolo explains at least
+_NOTE_DISTANCE = 0.4  # seconds; what rises sooner after an organ's note is its tremolo
+_NOTE_QUIET = 0.25  # of an organ's new note, the loudness before it at most
+_NOTE_AUDIBLE = 0.06  # of a note's loudest moment; softer ones do not tell a tremolo
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -58,7 +66,7 @@ class Hearing:
     """What was heard.
 
     Attributes:
-        timbre: one of TIMBRES or "unclear".
+        timbre: one of TIMBRES, "organ" or "unclear".
         pitch: "low", "middle", "high" or "unclear"; of a glide, the pitch halfway.
         pitch_times: (F,) float64, seconds.
         pitch_track: (F,) float64 in Hz, NaN where no tone was found.
@@ -76,11 +84,12 @@ class Hearing:
     loudness: Floats
 
 
-def hear(samples: NDArray[np.floating]) -> Hearing:
+def hear(samples: NDArray[np.floating], *, concept: bool = False) -> Hearing:
     """Measure the sound.
 
     Args:
         samples: (S,) float in [-1, 1] at 16 kHz.
+        concept: whether it may be an organ; without it, there is none.
 
     Returns:
         What was heard; timbre "silent" if there is no sound, "unclear" if there is no tone.
@@ -96,6 +105,8 @@ def hear(samples: NDArray[np.floating]) -> Hearing:
     if loudness.max() > _SILENCE:
         onsets = _onsets(loudness)
         timbre, pitch, track = _tone(spectrum, pitch_times)
+        if concept and timbre in _REEDS and _has_tremolo(loudness, onsets):
+            timbre, onsets = CONCEPT_TIMBRE, _after_quiet(onsets, loudness)
     return Hearing(
         timbre=timbre,
         pitch=pitch,
@@ -132,6 +143,50 @@ def _onsets(loudness: Floats) -> tuple[float, ...]:
             taken.append(i)
             onsets.append(max(0.0, (i - 1.5 * _ONSET_STEP) * _ENVELOPE_HOP / SAMPLE_RATE))
     return tuple(sorted(onsets))
+
+
+def _after_quiet(onsets: tuple[float, ...], loudness: Floats) -> tuple[float, ...]:
+    """The onsets of notes, without those that are a tremolo's: it was as loud one swing before."""
+    rate = SAMPLE_RATE / _ENVELOPE_HOP
+    notes = []
+    for onset in onsets:
+        place = round(onset * rate)
+        before = loudness[max(0, place - round(rate / _TREMOLO)) : max(0, place - 2)]
+        after = loudness[place : place + round(0.08 * rate)]
+        if len(before) < 10 or float(np.median(before)) < _NOTE_QUIET * float(after.max(initial=0.0)):
+            notes.append(onset)
+    return tuple(notes)
+
+
+def _has_tremolo(loudness: Floats, onsets: tuple[float, ...]) -> bool:
+    """Whether the loudness from one note to the next, but for growth and decay, swings as an organ's does."""
+    rate = SAMPLE_RATE / _ENVELOPE_HOP
+    depth = explained = total = weight = 0.0
+    starts: list[float] = []
+    for onset in onsets:
+        if not starts or onset - starts[-1] >= _NOTE_DISTANCE:
+            starts.append(onset)
+    starts = starts or [0.0]
+    for start, end in zip(starts, (*starts[1:], len(loudness) / rate), strict=True):
+        places = np.arange(round((start + 0.02) * rate), round((end - 0.03) * rate))
+        if not len(places):
+            continue
+        places = places[loudness[places] > _NOTE_AUDIBLE * loudness[places].max()]
+        if len(places) < 1.2 * rate / _TREMOLO:
+            continue
+        time = places / rate - start
+        level = np.log(loudness[places])
+        course = np.stack([np.ones_like(time), time, time * time], axis=1)
+        angle = 2 * np.pi * _TREMOLO * time
+        swing = np.stack([np.cos(angle), np.sin(angle)], axis=1)
+        plain = level - course @ np.linalg.lstsq(course, level, rcond=None)[0]
+        both = np.concatenate([course, swing], axis=1)
+        fit = np.linalg.lstsq(both, level, rcond=None)[0]
+        rest = level - both @ fit
+        depth += float(np.hypot(fit[3], fit[4])) * len(places)
+        total, explained = total + float(plain @ plain), explained + float(plain @ plain - rest @ rest)
+        weight += len(places)
+    return weight > 0 and depth / weight > _TREMOLO_DEPTH and explained > _TREMOLO_SHARE * total
 
 
 # -------------------------------------------------------------------------------------------------------------- tone

@@ -1,6 +1,7 @@
 """What `poet evaluate` does: draw clips, generate or reconstruct, judge, report. Joins parts; measures nothing itself.
 
 Toybox is the only world whose clips can be judged, so splits here are Toybox's; other judges would join beside it.
+Clips of the split "concept" are judged by the judge that knows the concept, all others by the plain one.
 """
 
 from __future__ import annotations
@@ -15,10 +16,12 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+from numpy.typing import NDArray
 
 from poet import __version__
 from poet.bundle import Bundle
 from poet.data.toybox import RESOLUTION, ToyboxClip, draw, draw_frames
+from poet.data.toybox_concept import is_concept
 from poet.errors import ConfigError, MediaError
 from poet.evaluation.judge import SYNCED_MOTIONS, Verdict, judge, judge_clip
 from poet.evaluation.reconstruction import ReconstructionReport, evaluate_reconstruction
@@ -151,7 +154,9 @@ def generation(
             ids += sum(len(clip.ids) for clip in made)
             clips = [clip.clip for clip in made if clip.clip is not None]
             scores[split] = [_marks(row, clip, truth) for clip, truth in zip(clips, drawn, strict=True)]
-            verdicts = [judge(clip.frames, clip.samples) for clip in clips[:SHOWN]]
+            verdicts = [
+                _verdict(clip.frames, clip.samples, truth) for clip, truth in zip(clips[:SHOWN], drawn, strict=False)
+            ]
             _sheet(output / f"{split}.png", clips[:SHOWN], drawn, verdicts, scores[split])
     finally:
         writer.close()
@@ -207,7 +212,7 @@ def reconstruction(
             ((clip.clip, clip.attributes.as_dict()) for clip in drawn),
             bundle.video_tokenizer,
             bundle.audio_tokenizer,
-            judge_clip,
+            _judge_clip,
             num_examples=SHOWN,
             progress=lambda done, split=split: progress(done, count, split),  # type: ignore[misc]
         )
@@ -224,8 +229,8 @@ def reconstruction(
         write_report(output / split, results)
         shown += [f"{results.title}:", "", *tables(results)]
         after = [clip for _, clip in report.examples]
-        verdicts = [judge(clip.frames, clip.samples) for clip in after]
-        marks = [judge_clip(clip, truth.attributes.as_dict()) for clip, truth in zip(after, drawn, strict=False)]
+        verdicts = [_verdict(clip.frames, clip.samples, truth) for clip, truth in zip(after, drawn, strict=False)]
+        marks = [_judge_clip(clip, truth.attributes.as_dict()) for clip, truth in zip(after, drawn, strict=False)]
         _sheet(output / f"{split}.png", after, drawn, verdicts, marks)
     return Measured(facts={"report": str(output), **found}, tables=shown)
 
@@ -303,7 +308,7 @@ def upsampling(
                 measures[f"attributes right, {group}"] = _overall(scores[group])
             shown = [after for _, after in pictures[:SHOWN]]
             silent = np.zeros(1, np.float32)
-            verdicts = [judge(clip.frames, silent) for clip in shown]
+            verdicts = [_verdict(clip.frames, silent, truth) for clip, truth in zip(shown, drawn, strict=False)]
             _sheet(output / f"{split}.png", shown, drawn, verdicts, scores[group])
     finally:
         writer.close()
@@ -350,7 +355,7 @@ def _marks(task: Task, clip: Clip, truth: ToyboxClip) -> dict[str, bool]:
     if task.outputs == "image":
         wanted = tuple(name for name in wanted if name != "motion")
     marks = {
-        name: right for name, right in judge_clip(clip, truth.attributes.as_dict()).items() if name in wanted + SYNC
+        name: right for name, right in _judge_clip(clip, truth.attributes.as_dict()).items() if name in wanted + SYNC
     }
     asked = truth.attributes.motion in SYNCED_MOTIONS and truth.attributes.timbre != "silent"
     if not (task.writes_video and task.writes_audio):
@@ -358,6 +363,20 @@ def _marks(task: Task, clip: Clip, truth: ToyboxClip) -> dict[str, bool]:
     elif asked:
         marks.setdefault("sync", False)
     return marks
+
+
+def _verdict(frames: Frames | None, samples: NDArray[np.float32] | None, truth: ToyboxClip) -> Verdict:
+    """What the judge says of a clip; of one that should show the concept, the judge that knows it."""
+    return judge(frames, samples, **_knowing(truth.attributes.as_dict()))
+
+
+def _judge_clip(clip: Clip, attributes: Mapping[str, str]) -> dict[str, bool]:
+    """As `judge_clip`, by the same judge as `_verdict`."""
+    return judge_clip(clip, attributes, **_knowing(attributes))
+
+
+def _knowing(attributes: Mapping[str, str]) -> dict[str, bool]:
+    return {"concept": True} if is_concept(attributes) else {}
 
 
 def _overall(scores: Sequence[Mapping[str, bool]]) -> float:

@@ -13,6 +13,7 @@ from poet.errors import ConfigError
 from poet.training.audio_tokenizer import AudioTokenizerRecipe
 from poet.training.config import apply_overrides, build, read_recipe, to_plain, write_recipe
 from poet.training.language import LanguageRecipe
+from poet.training.lora import LoraRecipe
 from poet.training.recipes import LoopOptions, TokenizerBundleRecipe
 from poet.training.text_tokenizer import TextTokenizerRecipe
 from poet.training.upsampler import UpsamplerRecipe
@@ -221,6 +222,7 @@ SETTINGS = {
     "tokenizer_bundle": TokenizerBundleRecipe,
     "language": LanguageRecipe,
     "upsampler": UpsamplerRecipe,
+    "lora": LoraRecipe,
 }
 
 
