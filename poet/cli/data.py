@@ -9,6 +9,7 @@ from typing import Annotated, Any
 
 import typer
 
+from poet.cli.options import Json
 from poet.cli.output import keep_what_is_read, note, progress, show_result
 
 __all__ = ["encode", "reconstruct"]
@@ -30,7 +31,7 @@ def encode(
     width: Annotated[int | None, typer.Option(help="Pixels; the bundle's own when left out.")] = None,
     shard_size: Annotated[int, typer.Option(min=1, help="Clips a file.")] = 1000,
     device: Annotated[str, typer.Option(help="cpu or cuda.")] = "cpu",
-    json: Annotated[bool, typer.Option("--json", help="Print the result as one JSON object.")] = False,
+    json: Json = False,
 ) -> None:
     """Turn clips into token shards for training. The same command goes on where an earlier one was stopped."""
     from poet.bundle import Bundle, default_bundle
@@ -91,7 +92,7 @@ def reconstruct(
     max_duration: Annotated[float, typer.Option(help="Longer files, in seconds, are refused.")] = 60.0,
     metadata: Annotated[bool, typer.Option(help="Write into the file what made it.")] = True,
     device: Annotated[str, typer.Option(help="cpu or cuda.")] = "cpu",
-    json: Annotated[bool, typer.Option("--json", help="Print the result as one JSON object.")] = False,
+    json: Json = False,
 ) -> None:
     """Send a file through the tokenizers and back, to see and hear what they keep."""
     started = time.monotonic()

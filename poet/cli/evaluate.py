@@ -9,6 +9,18 @@ import typer
 
 from poet.cli.adapters import read_one
 from poet.cli.generate import parallel_decoding, upsampling
+from poet.cli.options import (
+    ChoiceTemperature,
+    GuidanceStart,
+    GuidanceStop,
+    Json,
+    Lora,
+    Order,
+    Schedule,
+    Steps,
+    UpsampleSteps,
+    UpsampleTemperature,
+)
 from poet.cli.output import progress, show_lines, show_result
 from poet.errors import ConfigError
 
@@ -39,24 +51,18 @@ def evaluate(
     top_p: Annotated[float | None, typer.Option(help="The bundle's own when left out.")] = None,
     guidance_scale: Annotated[float | None, typer.Option(help="The bundle's own when left out; 1 is off.")] = None,
     decoding: Annotated[str, typer.Option(help="autoregressive, or parallel: many ids at once.")] = "autoregressive",
-    steps: Annotated[int | None, typer.Option(help="Of parallel decoding: forward passes in all.")] = None,
-    schedule: Annotated[str | None, typer.Option(help="Of parallel decoding: cosine, linear or square.")] = None,
-    order: Annotated[str | None, typer.Option(help="Of parallel decoding: whole, parts or frames.")] = None,
-    choice_temperature: Annotated[
-        float | None, typer.Option(help="Of parallel decoding: noise on which places are kept.")
-    ] = None,
-    guidance_start: Annotated[
-        float | None, typer.Option(help="Of parallel decoding: share of the steps after which guidance sets in.")
-    ] = None,
-    guidance_stop: Annotated[
-        float | None, typer.Option(help="Of parallel decoding: share of the steps after which guidance ends.")
-    ] = None,
+    steps: Steps = None,
+    schedule: Schedule = None,
+    order: Order = None,
+    choice_temperature: ChoiceTemperature = None,
+    guidance_start: GuidanceStart = None,
+    guidance_stop: GuidanceStop = None,
     upsample: Annotated[bool, typer.Option(help="Judge pictures of twice the size.")] = False,
-    upsample_steps: Annotated[int | None, typer.Option(help="Of upsampling: forward passes.")] = None,
-    upsample_temperature: Annotated[float | None, typer.Option(help="Of upsampling: 0 takes the likeliest.")] = None,
-    lora: Annotated[Path | None, typer.Option(help="Directory of a LoRA adapter of the bundle's model.")] = None,
+    upsample_steps: UpsampleSteps = None,
+    upsample_temperature: UpsampleTemperature = None,
+    lora: Lora = None,
     engine: Annotated[str, typer.Option(help="vllm, or torch (the reference).")] = "vllm",
-    json: Annotated[bool, typer.Option("--json", help="Print the result as one JSON object.")] = False,
+    json: Json = False,
 ) -> None:
     """Generate clips for captions of drawn clips and judge them; or send drawn clips through a part of the bundle."""
     if what not in KINDS:

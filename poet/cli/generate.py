@@ -11,6 +11,18 @@ import typer
 
 from poet.cli.adapters import read_one
 from poet.cli.films import check_film_options, film_requests, read_scenes
+from poet.cli.options import (
+    ChoiceTemperature,
+    GuidanceStart,
+    GuidanceStop,
+    Json,
+    Lora,
+    Order,
+    Schedule,
+    Steps,
+    UpsampleSteps,
+    UpsampleTemperature,
+)
 from poet.cli.output import Advance, keep_what_is_read, note, progress, show_result
 from poet.cli.settings import PARALLEL, GenerateSettings, settings_like
 from poet.cli.streams import check_stream, stream_to_file
@@ -62,24 +74,16 @@ def generate(
     decoding: Annotated[
         str | None, typer.Option(help="autoregressive (the default), or parallel: many ids at once.")
     ] = None,
-    steps: Annotated[int | None, typer.Option(help="Of parallel decoding: forward passes in all.")] = None,
-    schedule: Annotated[str | None, typer.Option(help="Of parallel decoding: cosine, linear or square.")] = None,
-    order: Annotated[
-        str | None, typer.Option(help="Of parallel decoding: whole, parts (picture, then sound), or frames.")
-    ] = None,
-    choice_temperature: Annotated[
-        float | None, typer.Option(help="Of parallel decoding: noise on which places are kept; 0 keeps the surest.")
-    ] = None,
-    guidance_start: Annotated[
-        float | None, typer.Option(help="Of parallel decoding: share of the steps after which guidance sets in.")
-    ] = None,
-    guidance_stop: Annotated[
-        float | None, typer.Option(help="Of parallel decoding: share of the steps after which guidance ends.")
-    ] = None,
+    steps: Steps = None,
+    schedule: Schedule = None,
+    order: Order = None,
+    choice_temperature: ChoiceTemperature = None,
+    guidance_start: GuidanceStart = None,
+    guidance_stop: GuidanceStop = None,
     upsample: Annotated[bool | None, typer.Option(help="Write the picture in twice the size.")] = None,
-    upsample_steps: Annotated[int | None, typer.Option(help="Of upsampling: forward passes.")] = None,
-    upsample_temperature: Annotated[float | None, typer.Option(help="Of upsampling: 0 takes the likeliest.")] = None,
-    lora: Annotated[Path | None, typer.Option(help="Directory of a LoRA adapter of the bundle's model.")] = None,
+    upsample_steps: UpsampleSteps = None,
+    upsample_temperature: UpsampleTemperature = None,
+    lora: Lora = None,
     engine: Annotated[str | None, typer.Option(help="vllm (the default), or torch (the reference).")] = None,
     scene: Annotated[
         list[str] | None, typer.Option(help="Of a film: the prompt of its next scene; repeatable.")
@@ -103,7 +107,7 @@ def generate(
         typer.Option(help="Make this clip again, from its metadata; what it was made from must be there too."),
     ] = None,
     metadata: Annotated[bool, typer.Option(help="Write into the file what made it.")] = True,
-    json: Annotated[bool, typer.Option("--json", help="Print the result as one JSON object.")] = False,
+    json: Json = False,
 ) -> None:
     """Write a clip from a text, an image, a clip, a sound, or nothing; or a film of several scenes."""
     started = time.monotonic()

@@ -9,6 +9,7 @@ from typing import Annotated, Any, Final
 
 import typer
 
+from poet.cli.options import Json
 from poet.cli.output import note, progress, show_result
 from poet.errors import ConfigError
 
@@ -37,7 +38,7 @@ def info(
             "left out."
         ),
     ] = None,
-    json: Annotated[bool, typer.Option("--json", help="Print the result as one JSON object.")] = False,
+    json: Json = False,
 ) -> None:
     """Say what a bundle, token shards or a folder of clips hold, or what is in a media file and what made it."""
     from poet.bundle import default_bundle

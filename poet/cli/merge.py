@@ -7,6 +7,7 @@ from typing import Annotated
 
 import typer
 
+from poet.cli.options import Json
 from poet.cli.output import show_result
 
 __all__ = ["merge"]
@@ -18,7 +19,7 @@ def merge(
     model: Annotated[
         Path | None, typer.Option(help="The bundle it was trained on; the shipped one if left out.")
     ] = None,
-    json: Annotated[bool, typer.Option("--json", help="Print the result as one JSON object.")] = False,
+    json: Json = False,
 ) -> None:
     """Write a bundle whose weights are another's with an adapter merged into them."""
     from poet.bundle import Bundle, default_bundle

@@ -9,6 +9,7 @@ from typing import Annotated, Any, NoReturn
 
 import typer
 
+from poet.cli.options import Json
 from poet.cli.output import note, progress, show_result
 
 __all__ = ["train"]
@@ -45,7 +46,7 @@ def train(
     mfu: Annotated[
         float, typer.Option(min=0.01, max=1.0, help="For --plan: share of the GPU's peak to count on.")
     ] = 0.4,
-    json: Annotated[bool, typer.Option("--json", help="Print the result as one JSON object.")] = False,
+    json: Json = False,
 ) -> None:
     """Train a tokenizer or a language model. The same command goes on where an earlier one was stopped."""
     if plan:

@@ -136,3 +136,17 @@ def test_a_tree_without_git_to_ask_has_no_commit(tmp_path: Path, monkeypatch: py
     assert measure.commit_of(tmp_path) is None  # git finds no repository there
     monkeypatch.setenv("PATH", "/nowhere")
     assert measure.commit_of(tmp_path) is None
+
+
+def test_options_of_films_and_of_clips_do_not_go_together(
+    bundle: Path, capsys: pytest.CaptureFixture[str], tmp_path: Path
+) -> None:
+    for said, words in (
+        (("--num-scenes", "3"), "--num-scenes is an option of --what films"),
+        (("--what", "films", "--upsample"), "takes neither --upsample nor --task"),
+        (("--what", "films", "--task", "text_to_video"), "takes neither --upsample nor --task"),
+        (("--what", "movies"), "--what must be generation, films, reconstruction or upsampling"),
+    ):
+        assert main(["evaluate", str(bundle), "--engine", "torch", "-o", str(tmp_path / "out"), *said]) == 1
+        assert words in capsys.readouterr().err
+    assert not (tmp_path / "out").exists()
