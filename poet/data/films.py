@@ -17,6 +17,7 @@ import torch
 from torch import Tensor
 
 from poet.data.loader import Batch, ClipRows, collate
+from poet.data.noise import check_flips, flip_bits
 from poet.data.packing import SceneSampler
 from poet.errors import ConfigError, ShapeError
 from poet.model.attention import SceneLayout
@@ -35,6 +36,8 @@ class FilmLoader:
         num_scenes: fewest and most of N, which each batch draws.
         scene_length: S.
         num_positions: positions of the model; the largest that a batch reaches is below.
+        noise: share of the bits of video codes that are flipped in what the model is shown, at most; see
+            `poet.data.noise`.
         seed: of everything that is drawn.
 
     Raises:
@@ -51,8 +54,10 @@ class FilmLoader:
         num_scenes: tuple[int, int],
         scene_length: int,
         num_positions: int,
+        noise: float = 0.0,
         seed: int = 0,
     ) -> None:
+        check_flips(noise, sampler.vocabulary)
         fewest, most = num_scenes
         if batch_size < 1 or not 1 <= fewest <= most:
             raise ConfigError(
@@ -66,7 +71,7 @@ class FilmLoader:
             )
         self._clips, self._sampler, self._last = clips, sampler, last
         self._batch_size, self._num_scenes = batch_size, (fewest, most)
-        self._scene_length, self._num_positions, self._seed = scene_length, num_positions, seed
+        self._scene_length, self._num_positions, self._noise, self._seed = scene_length, num_positions, noise, seed
         self._films = [film for film in find_films([clips[row].key for row in range(len(clips))]) if len(film) >= most]
         if not self._films:
             raise ConfigError(
@@ -83,6 +88,7 @@ class FilmLoader:
             "num_scenes": list(self._num_scenes),
             "scene_length": self._scene_length,
             "num_positions": self._num_positions,
+            **({"noise": self._noise} if self._noise > 0 else {}),
             "seed": self._seed,
             "sampler": self._sampler.settings,
             "last": self._last.settings,
@@ -109,6 +115,8 @@ class FilmLoader:
                 f"{self._clips[longest[0]].key}. Raise scene_length or encode shorter clips."
             )
         flat = collate(scenes, self._sampler.vocabulary, self._scene_length)
+        if self._noise > 0:
+            self._add_noise(flat, np.random.default_rng([self._seed, 7, number]))
         shapes = {name: tensor.shape for name, tensor in _items(flat)}
         parts = {
             name: tensor.reshape(len(films), -1 if len(shapes[name]) == 2 else count) for name, tensor in _items(flat)
@@ -116,6 +124,14 @@ class FilmLoader:
         last = self._num_positions - count * self._scene_length
         parts["offset"] = torch.from_numpy(rng.integers(last + 1, size=len(films)))
         return Batch(**parts)  # type: ignore[typeddict-item]
+
+    def _add_noise(self, batch: Batch, rng: np.random.Generator) -> None:
+        """Show the model wrong codes where it may have written such."""
+        for place, (row, inputs) in enumerate(zip(batch["rows"].tolist(), batch["inputs"].numpy(), strict=True)):
+            codes = self._clips[row].video_codes
+            if codes is not None:
+                noisy = flip_bits(inputs, codes[0].size, self._noise, self._sampler.vocabulary, rng)
+                batch["inputs"][place] = torch.from_numpy(noisy)
 
 
 def find_films(keys: Sequence[str]) -> list[list[int]]:

@@ -43,6 +43,8 @@ class GuidedTargets:
     def probabilities(self, row: Tensor, column: Tensor) -> Tensor:
         """What guidance foresees for places (row, column), (P,) each: (P, V) float32."""
         logits = self._teacher.logits(self._with_text[row, column - 1])
+        if self._scale == 1:
+            return logits.softmax(-1)
         other = self._teacher.logits(self._without_text[row, column - 1])
         return guide(logits, other, [self._scale] * len(row)).softmax(-1)
 
@@ -53,7 +55,7 @@ class GuidedTeacher:
     Args:
         model: in evaluation mode; it is this one's from now on, and learns no more.
         vocabulary: says what is text, and what stands for none.
-        scale: of guidance.
+        scale: of guidance; 1 is none, and takes half of the time.
     """
 
     def __init__(self, model: PoetTransformer, vocabulary: Vocabulary, scale: float) -> None:
@@ -78,6 +80,7 @@ class GuidedTeacher:
         if bool(taught.any()):
             chosen = layout.select(taught)
             places = None if positions is None else positions[taught]
-            for number, ids in enumerate((inputs, inputs.masked_fill(text, self._null))):
+            asked = (inputs, inputs.masked_fill(text, self._null))
+            for number, ids in enumerate(asked if self._scale != 1 else asked[:1]):
                 states[number, taught] = self._model(ids[taught], chosen, places).float()
         return GuidedTargets(self._model, states[0], states[1], layout.parallel & taught[:, None], self._scale)

@@ -107,8 +107,12 @@ class LanguageRecipe:
         films_per_batch: of such a step.
         film_scenes: fewest and most scenes of a film; each step draws a number.
         film_tasks: task name to weight, of the scenes of films.
-        distilled_guidance: above 1, masked scenes with a text learn what `start_from` foresees of them under guidance
-            of this scale, so that writing many ids at once needs none.
+        film_noise: share of the bits of video codes that are flipped in what the model is shown of films, at most, so
+            that it learns to put right what it wrote wrong (`poet.data.noise`).
+        distilled_from: a bundle from which masked scenes with a text learn what they hold, in place of their ids; of
+            films only where it has learnt films. Null is `start_from` where there is guidance to learn, else none.
+        distilled_guidance: the scale of the guidance under which that bundle is asked; above 1, writing many ids at
+            once needs none.
         num_steps: optimiser steps in all.
         batch_size: scenes a step.
         optimizer: "adamw", or "muon" for the layers' matrices with AdamW for the embedding, head and gains.
@@ -147,6 +151,8 @@ class LanguageRecipe:
     films_per_batch: int = 2
     film_scenes: tuple[int, int] = (2, 8)
     film_tasks: dict[str, float] = dataclasses.field(default_factory=lambda: {"text_to_video_audio": 1.0})
+    film_noise: float = 0.0
+    distilled_from: Path | None = None
     distilled_guidance: float = 1.0
     num_steps: int = 2_000
     batch_size: int = 24
@@ -180,18 +186,26 @@ class LanguageRecipe:
                 f"films and film_share go together: got {self.films} and {self.film_share!r}. Name shards of films and "
                 "a share of the steps from 0 to 1, or leave out both."
             )
+        if self.film_noise > 0 and self.films is None:
+            raise ConfigError(f"film_noise is of films, got {self.film_noise!r} and none. Name shards of films.")
         if not 1 <= self.distilled_guidance < math.inf:
             raise ConfigError(f"distilled_guidance must be at least 1, which is off, got {self.distilled_guidance!r}.")
-        if self.distilled_guidance > 1 and (self.start_from is None or self.parallel_share == 0):
+        asked = self.distilled_from is not None or self.distilled_guidance > 1
+        if asked and (self.teacher is None or self.parallel_share == 0):
             raise ConfigError(
-                "distilled_guidance is learnt by masked scenes from the weights of start_from: set parallel_share and "
-                "start_from, or leave it at 1."
+                "distilled_guidance is learnt by masked scenes from the weights of distilled_from or start_from: set "
+                "parallel_share and one of these, or leave it at 1."
             )
         if self.spike_ratio <= 1 or self.max_skipped_steps < 0:
             raise ConfigError(
                 "spike_ratio must be above 1 and max_skipped_steps not negative, got "
                 f"{self.spike_ratio!r} and {self.max_skipped_steps!r}."
             )
+
+    @property
+    def teacher(self) -> Path | None:
+        """The bundle that masked scenes learn from, or None."""
+        return self.distilled_from or (self.start_from if self.distilled_guidance > 1 else None)
 
 
 def check_trainable(recipe: LanguageRecipe) -> None:
@@ -205,10 +219,10 @@ def check_trainable(recipe: LanguageRecipe) -> None:
             f"optimizer must be 'adamw' with Megatron, got {recipe.optimizer!r}: orthogonalising a matrix that is "
             "cut among processes is not here yet. Train with the reference, or set optimizer to adamw."
         )
-    if recipe.distilled_guidance != 1:
+    if recipe.teacher is not None:
         raise ConfigError(
-            f"distilled_guidance must be 1 with Megatron, got {recipe.distilled_guidance!r}: a second model beside one "
-            "that is cut among processes is not here yet. Train with the reference."
+            f"distilled_guidance must be 1 with Megatron, got {recipe.distilled_guidance!r}, and distilled_from null: "
+            "a second model beside one that is cut among processes is not here yet. Train with the reference."
         )
     if recipe.compile:
         raise ConfigError("compile must be false with Megatron, got true. Leave it out.")
@@ -296,20 +310,28 @@ class LanguageRun:
             ConfigError: they are of other sizes.
         """
         path = self.recipe.start_from
-        if path is None:
-            return None
+        return None if path is None else self.weights_of(path, "start_from")
+
+    def weights_of(self, path: Path, name: str) -> dict[str, Tensor]:
+        """The weights of a bundle of the same vocabulary and sizes.
+
+        Args:
+            path: of the bundle.
+            name: the recipe's word for it.
+
+        Raises:
+            CheckpointError, ConfigError: as `starting_weights`.
+        """
         start = Bundle.open(path)
         if start.fingerprint != self.bundle.fingerprint:
             raise CheckpointError(
-                f"start_from {path} has the vocabulary {start.fingerprint[:12]}, the bundle {self.bundle.path} has "
+                f"{name} {path} has the vocabulary {start.fingerprint[:12]}, the bundle {self.bundle.path} has "
                 f"{self.bundle.fingerprint[:12]}; their ids mean different things."
             )
         # Neither is a size of any weight.
         lengths = {name: getattr(self.config, name) for name in ("scene_length", "max_position_embeddings")}
         if dataclasses.replace(start.model_config, **lengths) != self.config:
-            raise ConfigError(
-                f"start_from {path} has the sizes {start.model_config}, the recipe asks for {self.config}."
-            )
+            raise ConfigError(f"{name} {path} has the sizes {start.model_config}, the recipe asks for {self.config}.")
         return load_transformer(path).state_dict()
 
     def check_vocabulary(self, fingerprint: str) -> None:
@@ -369,6 +391,7 @@ class LanguageRun:
             num_scenes=recipe.film_scenes,
             scene_length=self.config.scene_length,
             num_positions=self.config.max_position_embeddings,
+            noise=recipe.film_noise,
             seed=recipe.seed,
         )
 
@@ -409,10 +432,13 @@ class LanguageTraining(LanguageRun):
         if weights is not None:
             self.model.load_state_dict(weights)
         self.model.to(self.device)
-        self.teacher, self._taught_by = None, ""
-        if weights is not None and recipe.start_from is not None and recipe.distilled_guidance > 1:
-            self._taught_by = f"{Bundle.open(recipe.start_from).weights_sha256} at {recipe.distilled_guidance:g}"
+        self.teacher, self._taught_by, self._teaches_films = None, "", False
+        if recipe.teacher is not None:
+            teacher = Bundle.open(recipe.teacher)
+            self._taught_by = f"{teacher.weights_sha256} at {recipe.distilled_guidance:g}"
+            self._teaches_films = teacher.trained_films is not None
             frozen = copy.deepcopy(self.model).eval()
+            frozen.load_state_dict(self.weights_of(recipe.teacher, "distilled_from"))
             self.teacher = GuidedTeacher(frozen, self.bundle.vocabulary, recipe.distilled_guidance)
         self.average = ExponentialMovingAverage(self.model, recipe.ema_decay)
         matrices = [weight for weight in self.model.model.layers.parameters() if weight.ndim > 1]
@@ -481,8 +507,8 @@ class LanguageTraining(LanguageRun):
         """
         if (before := state.get("taught_by", "")) != self._taught_by:
             raise ConfigError(
-                "start_from and distilled_guidance must be those that the run was begun with, as they teach it: "
-                f"{before or 'none'}; got {self._taught_by or 'none'}. Put them back, or begin another run."
+                "start_from, distilled_from and distilled_guidance must be those that the run was begun with, as they "
+                f"teach it: {before or 'none'}; got {self._taught_by or 'none'}. Put them back, or begin another run."
             )
         self.check_vocabulary(state["fingerprint"])
         self.load_loader_state(state["loader"])
@@ -501,12 +527,11 @@ class LanguageTraining(LanguageRun):
         rows, count = len(loss_mask), len(self.replicas.models)
         borders = [rows * number // count for number in range(count + 1)]
         total = int(loss_mask.sum())
+        teacher = self.teacher if self._teaches_films or "offset" not in batch else None
 
         def work(model: nn.Module, number: int) -> Tensor:
             measure = functools.partial(backward_from_targets, total=total)
-            return self._losses(
-                model, rows_of(batch, slice(borders[number], borders[number + 1])), measure, self.teacher
-            )
+            return self._losses(model, rows_of(batch, slice(borders[number], borders[number + 1])), measure, teacher)
 
         return torch.cat(self.replicas.backward(work))
 

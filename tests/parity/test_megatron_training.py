@@ -190,7 +190,7 @@ def test_every_cut_has_the_references_curve_and_weights(
 )
 def test_films_are_learnt_alike(ground: Ground, tmp_path: Path, cut: str) -> None:
     shards = tiny_shards(Bundle.open(ground.bundle), tmp_path / "films", count=24, film_scenes=4, num_latent_frames=3)
-    films = {"films": shards, "film_share": 0.7, "films_per_batch": 4, "film_scenes": (2, 3)}
+    films = {"films": shards, "film_share": 0.7, "films_per_batch": 4, "film_scenes": (2, 3), "film_noise": 0.1}
     fit(LanguageTraining(ground.recipe(**films)), loop(20), tmp_path / "reference")
     processes, parallel = CUTS[cut]
     changes = {**films, "parallel": Parallelism(**parallel)}

@@ -1,5 +1,6 @@
 """Batches of films: whole, padded, pure, and with hidden places in the last scene alone."""
 
+import dataclasses
 from typing import Any
 
 import numpy as np
@@ -7,13 +8,20 @@ import pytest
 import torch
 
 from poet.data.films import FilmLoader, find_films, layout_of
+from poet.data.noise import check_flips, flip_bits
 from poet.data.packing import SceneSampler
 from poet.data.shards import EncodedClip
 from poet.errors import ConfigError, ShapeError
 from poet.sequence import unpack
 from poet.testing import random_parts, tiny_geometry, tiny_vocabulary
+from poet.vocabulary import Vocabulary
 
 VOCABULARY = tiny_vocabulary()
+BITS = dataclasses.replace(
+    VOCABULARY,
+    video_codebook_size=32,
+    tokenizers={**VOCABULARY.tokenizers, "video": {**VOCABULARY.tokenizers["video"], "codebook_size": 32}},
+)
 SCENE, POSITIONS, FILMS, SCENES = 256, 2048, 7, 4
 
 
@@ -47,11 +55,11 @@ def clips() -> list[EncodedClip]:
 CLIPS = clips()
 
 
-def sampler(parallel_share: float = 0.0) -> SceneSampler:
-    return SceneSampler(VOCABULARY, Words(), {"text_to_video_audio": 1.0}, parallel_share=parallel_share)  # type: ignore[arg-type]
+def sampler(parallel_share: float = 0.0, vocabulary: Vocabulary = VOCABULARY) -> SceneSampler:
+    return SceneSampler(vocabulary, Words(), {"text_to_video_audio": 1.0}, parallel_share=parallel_share)  # type: ignore[arg-type]
 
 
-def loader(parallel_share: float = 0.0, **options: Any) -> FilmLoader:
+def loader(parallel_share: float = 0.0, vocabulary: Vocabulary = VOCABULARY, **options: Any) -> FilmLoader:
     usual = {
         "batch_size": 3,
         "num_scenes": (2, SCENES),
@@ -59,7 +67,8 @@ def loader(parallel_share: float = 0.0, **options: Any) -> FilmLoader:
         "num_positions": POSITIONS,
         "seed": 5,
     }
-    return FilmLoader(CLIPS, sampler(), sampler(parallel_share), **usual | options)
+    samplers = sampler(0.0, vocabulary), sampler(parallel_share, vocabulary)
+    return FilmLoader(CLIPS, *samplers, **usual | options)
 
 
 def test_films_are_runs_of_numbered_clips() -> None:
@@ -134,3 +143,53 @@ def test_what_cannot_be_loaded_is_refused() -> None:
         loader(num_scenes=(3, 2))
     with pytest.raises(ShapeError, match=r"at most 64 ids, got .* of clip film-"):
         loader(scene_length=64).batch(0)
+
+
+def test_noise_flips_bits_of_what_is_shown_and_of_nothing_else() -> None:
+    low, high = BITS.video_range
+    places = flipped = clean_scenes = other_first = 0
+    for number in range(40):
+        plain, noisy = loader(0.5, BITS).batch(number), loader(0.5, BITS, noise=0.2).batch(number)
+        assert loader(0.5, BITS, noise=0.2).batch(number)["inputs"].equal(noisy["inputs"])
+        for name, tensor in plain.items():
+            assert name == "inputs" or tensor.equal(noisy[name])  # type: ignore[literal-required]
+        video = (plain["inputs"] >= low) & (plain["inputs"] < high)
+        assert noisy["inputs"][~video].equal(plain["inputs"][~video])
+        changed = noisy["inputs"] ^ plain["inputs"]
+        assert bool(((noisy["inputs"] >= low) & (noisy["inputs"] < high))[video].all())
+        for film, rows in enumerate(plain["rows"].tolist()):
+            for scene, row in enumerate(rows):
+                part = slice(scene * SCENE, (scene + 1) * SCENE)
+                codes = (noisy["inputs"] - plain["inputs"])[film, part][video[film, part]]
+                latent = CLIPS[row].video_codes[0].size  # type: ignore[index]
+                first, rest = bool(codes[:latent].any()), bool(codes[latent:].any())
+                clean_scenes += not first and not rest
+                other_first += first != rest
+        bits = changed[video]
+        places += len(bits)
+        flipped += int((bits != 0).sum())
+    assert 0 < flipped < 0.5 * places
+    assert clean_scenes > 50
+    assert other_first > 50
+
+
+def test_noise_needs_bits() -> None:
+    for share in (-0.1, 0.6):
+        with pytest.raises(ConfigError, match=r"in a share from 0 to 0\.5"):
+            loader(0.0, BITS, noise=share)
+    with pytest.raises(ConfigError, match="codebooks of 2"):
+        check_flips(0.1, VOCABULARY)
+    check_flips(0.0, VOCABULARY)
+
+
+def test_each_bit_is_flipped_as_often_as_is_asked() -> None:
+    low, high = BITS.video_range
+    ids = np.full(4000, low, np.int64)
+    kinds = {(False, False): 0, (False, True): 0, (True, False): 0, (True, True): 0}
+    for seed in range(200):
+        noisy = flip_bits(ids, 2000, 0.3, BITS, np.random.default_rng(seed)) - low
+        bits = (noisy[:, None] >> np.arange((high - low).bit_length() - 1)) & 1
+        shares = bits[:2000].mean(0), bits[2000:].mean(0)
+        assert all(np.ptp(share) < 0.08 and share.max() < 0.36 for share in shares)
+        kinds[bool(shares[0].any()), bool(shares[1].any())] += 1
+    assert min(kinds.values()) > 25

@@ -21,6 +21,7 @@ from torch import Tensor, nn
 from poet.bundle import Bundle
 from poet.data.clips import SourceClip
 from poet.data.encode import encode_source
+from poet.data.films import layout_of
 from poet.errors import CheckpointError, ConfigError, ShapeError
 from poet.media import Clip
 from poet.model.attention import SceneLayout
@@ -374,6 +375,30 @@ def test_masked_scenes_learn_what_guidance_foresees(ground: Ground, tmp_path: Pa
     assert gradient(3.0) > 1e-2
 
 
+def test_the_teacher_may_be_another_bundle_and_needs_no_guidance(ground: Ground, tmp_path: Path) -> None:
+    for name, seed in (("start", 0), ("teacher", 1)):
+        ground.training(export_dtype="float32", parallel_share=0.5, seed=seed).export(tmp_path / name)
+    recipe = {"start_from": tmp_path / "start", "parallel_share": 1.0, "text_dropout": 0.0, "precision": "fp32"}
+    recipe |= {"tasks": {"text_to_video": 1.0}}
+    training = ground.training(**recipe, distilled_from=tmp_path / "teacher")
+    assert training.teacher is not None
+    batch = training.loader.batch(0)
+    layout, _ = layout_of(batch)
+    targets = training.teacher.targets(batch["inputs"], layout)
+    row, column = (batch["loss_mask"] & targets.taught).nonzero(as_tuple=True)
+    assert len(row) > 0
+    model = load_transformer(tmp_path / "teacher")
+    with torch.no_grad():
+        expected = model.logits(model(batch["inputs"], layout)[row, column - 1]).softmax(-1)
+    torch.testing.assert_close(targets.probabilities(row, column), expected, rtol=1e-4, atol=1e-6)
+    # From the weights that one begins with there is nothing to learn.
+    own = ground.training(**recipe, distilled_from=tmp_path / "start").train_step(0)["gradient_norm"]
+    assert own < 1e-3 * training.train_step(0)["gradient_norm"]
+    with pytest.raises(ConfigError, match=r"distilled_from .* has the sizes"):
+        other = dataclasses.replace(ground.recipe().model, num_layers=1)
+        ground.training(**recipe | {"start_from": None, "model": other}, distilled_from=tmp_path / "teacher")
+
+
 def test_a_taught_run_goes_on_with_its_teacher_alone(ground: Ground, tmp_path: Path) -> None:
     for name, seed in (("one", 0), ("other", 1)):
         ground.training(parallel_share=0.5, seed=seed).export(tmp_path / name)
@@ -387,8 +412,10 @@ def test_a_taught_run_goes_on_with_its_teacher_alone(ground: Ground, tmp_path: P
     with pytest.raises(ConfigError, match="as they teach it"):
         fit(ground.training(**recipe | {"start_from": tmp_path / "other"}), LOOP, tmp_path / "part")
     for change in ({"start_from": None}, {"parallel_share": 0.0}):
-        with pytest.raises(ConfigError, match="set parallel_share and start_from"):
+        with pytest.raises(ConfigError, match="set parallel_share and one of these"):
             ground.recipe(**recipe | change)
+    with pytest.raises(ConfigError, match="film_noise is of films"):
+        ground.recipe(film_noise=0.1)
     with pytest.raises(ConfigError, match="at least 1, which is off"):
         ground.recipe(distilled_guidance=0.5)
 
@@ -401,7 +428,7 @@ def test_a_run_with_films_goes_on_to_the_last_digit(ground: Ground, tmp_path: Pa
         film_scenes=3,
         num_latent_frames=2,
     )
-    recipe = {"films": shards, "film_share": 0.6, "film_scenes": (2, 3), "parallel_share": 0.5}
+    recipe = {"films": shards, "film_share": 0.6, "film_scenes": (2, 3), "film_noise": 0.1, "parallel_share": 0.5}
     whole = ground.training(**recipe)
     fit(whole, LOOP, tmp_path / "whole")
     for steps in (3, 8):
