@@ -1,33 +1,36 @@
-"""Where clips come from: a folder of media files, a manifest that lists them, or Toybox. Knows pixels, never codes."""
+"""Where clips come from: media files in a folder, a manifest or archives, or Toybox. Knows pixels, never codes."""
 
 from __future__ import annotations
 
-import csv
 import dataclasses
 import hashlib
 import json
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Collection
 from pathlib import Path
 from typing import Final, Protocol
 
+from poet.data.listing import MEDIA_SUFFIXES, Listing, list_clips, media_files, read_caption
 from poet.errors import ConfigError, MediaError
-from poet.media import Clip, probe, read_clip
+from poet.media import Clip, MediaPath, probe, read_clip
 
 __all__ = [
     "MEDIA_SUFFIXES",
+    "REQUIREMENTS",
     "CaptionedClip",
     "ClipSource",
     "FolderSource",
     "FolderSurvey",
     "SourceClip",
+    "caption_of",
+    "check_requirements",
+    "lacking",
+    "missing_parts",
     "open_source",
     "survey_folder",
 ]
 
-MEDIA_SUFFIXES: Final = frozenset(
-    {".mp4", ".m4v", ".mkv", ".webm", ".mov", ".avi", ".gif", ".wav", ".flac", ".mp3", ".ogg", ".opus", ".m4a"}
-)
-"""Files that a folder is searched for. A manifest may name any file."""
+REQUIREMENTS: Final = ("picture", "sound", "caption")
+"""What a clip may be asked to have."""
 
 
 class CaptionedClip(Protocol):
@@ -72,32 +75,27 @@ class SourceClip:
     caption: str | None = None
 
 
-@dataclasses.dataclass(frozen=True)
-class _Entry:
-    key: str
-    path: Path
-    caption: str | None
-
-
 class FolderSource:
     """Media files, all brought to one size and rate.
 
     A folder is searched with its subfolders, in the order of the names; the caption of `a/b.mp4` is `a/b.txt` beside
     it. A manifest lists paths, relative to itself, and captions: `.jsonl` with an object a line, `.csv` with a header;
     the columns `path` and, if wanted, `caption` count, others are left alone. Where it has no caption, a `.txt` beside
-    the file is looked for likewise.
+    the file is looked for likewise. Archives are those of WebDataset: see `poet.data.listing`.
 
     Args:
-        path: a folder, or a .jsonl or .csv file.
+        path: a folder, a .jsonl or .csv file, a .tar file, or a folder of .tar files.
         fps: video frames per second.
         height: pixels.
         width: pixels.
         num_frames: frames from the start of each file; shorter files cannot be read, files with sound alone may be
             shorter. None takes all.
         sample_rate: of the sound, per second.
+        caption: of the clips that have none of their own.
+        required: clips without one of these cannot be read: `picture`, `sound`, `caption`.
 
     Raises:
-        ConfigError: there is nothing there, or a line of the manifest cannot be used.
+        ConfigError: there is nothing there, a line of the manifest cannot be used, or an unknown requirement.
     """
 
     def __init__(
@@ -109,44 +107,45 @@ class FolderSource:
         width: int,
         num_frames: int | None,
         sample_rate: int,
+        caption: str | None = None,
+        required: Collection[str] = (),
     ) -> None:
         path = Path(path)
-        if path.is_dir():
-            self._entries = [_Entry(file.relative_to(path).as_posix(), file, None) for file in _media_files(path)]
-        elif path.suffix.lower() in (".jsonl", ".csv"):
-            self._entries = list(_read_manifest(path))
-        else:
-            raise ConfigError(
-                "clips must come from a folder, a .jsonl or .csv manifest, toybox:SPLIT or toybox-films:SPLIT; got "
-                f"{path}"
-                f"{'' if path.exists() else ', which does not exist'}."
-            )
-        if not self._entries:
-            raise ConfigError(f"{path} must hold at least one clip, got none. Known files: {sorted(MEDIA_SUFFIXES)}.")
+        self._listed = list_clips(path)
         self._fps, self._height, self._width = fps, height, width
         self._num_frames, self._sample_rate = num_frames, sample_rate
-        content = [(entry.key, entry.caption) for entry in self._entries]
+        self._caption, self._required = caption, frozenset(required)
+        check_requirements(self._required)
+        content = [(clip.key, clip.caption) for clip in self._listed]
         settings = (fps, height, width, num_frames, sample_rate)
-        digest = hashlib.sha256(json.dumps([content, settings]).encode()).hexdigest()
+        said: list[object] = [content, settings]
+        if caption is not None or required:
+            said.append([caption, sorted(self._required)])
+        digest = hashlib.sha256(json.dumps(said).encode()).hexdigest()
         # Without the folder's own path: the same files at another place are the same clips.
         self.name = f"files:{path.resolve().name}#{digest[:16]}"
 
     def __len__(self) -> int:
-        return len(self._entries)
+        return len(self._listed)
 
     def __getitem__(self, index: int) -> SourceClip:
         if not 0 <= index < len(self):
             raise IndexError(f"a clip must lie in [0, {len(self)}), got {index}.")
-        entry = self._entries[index]
+        listed = self._listed[index]
         try:
-            clip = self._read(entry.path)
-            caption = entry.caption if entry.caption is not None else _read_caption(entry.path.with_suffix(".txt"))
+            if listed.problem is not None:
+                raise MediaError(listed.problem)
+            clip = self._read(listed.path)
+            caption = caption_of(listed, self._caption)
+            missing = missing_parts(clip.frames is not None, clip.samples is not None, caption) & self._required
+            if missing:
+                raise lacking(listed, missing)
         except MediaError as error:
-            error.filename = entry.key
+            error.filename = listed.key
             raise
-        return SourceClip(entry.key, clip, caption)
+        return SourceClip(listed.key, clip, caption)
 
-    def _read(self, path: Path) -> Clip:
+    def _read(self, path: MediaPath) -> Clip:
         clip = read_clip(
             path,
             fps=self._fps,
@@ -161,6 +160,40 @@ class FolderSource:
                 "Leave it out, or ask for fewer frames."
             )
         return clip
+
+
+def check_requirements(required: Collection[str]) -> None:
+    """Refuse what is not among `REQUIREMENTS`.
+
+    Raises:
+        ConfigError: one is not.
+    """
+    unknown = sorted(set(required) - set(REQUIREMENTS))
+    if unknown:
+        raise ConfigError(f"clips can be required to have {', '.join(REQUIREMENTS)}; got {', '.join(unknown)}.")
+
+
+def caption_of(listed: Listing, otherwise: str | None) -> str | None:
+    """A clip's own caption, or the one for those that have none.
+
+    Raises:
+        MediaError: it has one that cannot be read.
+    """
+    own = read_caption(listed)
+    return own if own is not None else otherwise
+
+
+def lacking(listed: Listing, missing: Collection[str]) -> MediaError:
+    """The error for a clip that lacks something that is required."""
+    return MediaError(
+        f"{listed.path}: has no {' and no '.join(sorted(missing))}, which is required. Add it, or ask for less."
+    )
+
+
+def missing_parts(has_picture: bool, has_sound: bool, caption: str | None) -> set[str]:
+    """Which of `REQUIREMENTS` a clip does not meet."""
+    has = {"picture": has_picture, "sound": has_sound, "caption": caption is not None}
+    return {name for name, is_there in has.items() if not is_there}
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -192,14 +225,14 @@ def survey_folder(path: str | Path, progress: Callable[[int, int], None] | None 
     path = Path(path)
     counts = {kind: [0, 0] for kind in ("picture_and_sound", "picture_alone", "sound_alone")}
     unreadable, num_bytes = [], 0
-    files = _media_files(path)
+    files = media_files(path)
     if not files:
         raise ConfigError(f"{path} must hold at least one clip, got none. Known files: {sorted(MEDIA_SUFFIXES)}.")
     for done, file in enumerate(files, start=1):
-        num_bytes += file.stat().st_size
+        num_bytes += file.stat().st_size if file.is_file() else 0
         try:
             facts = probe(file)
-            caption = _read_caption(file.with_suffix(".txt"))
+            caption = read_caption(Listing(file.name, file, captions=(file.with_suffix(".txt"),)))
         except MediaError as error:
             unreadable.append((file.relative_to(path).as_posix(), str(error)))
         else:
@@ -212,48 +245,6 @@ def survey_folder(path: str | Path, progress: Callable[[int, int], None] | None 
     return FolderSurvey(kinds=kinds, unreadable=tuple(unreadable), num_bytes=num_bytes)
 
 
-def _media_files(folder: Path) -> list[Path]:
-    """In the order of their names, those of subfolders included."""
-    return [path for path in sorted(folder.rglob("*")) if path.suffix.lower() in MEDIA_SUFFIXES and path.is_file()]
-
-
-def _read_caption(path: Path) -> str | None:
-    try:
-        return path.read_text(encoding="utf-8").strip() or None
-    except FileNotFoundError:
-        return None
-    except (OSError, UnicodeDecodeError) as error:
-        raise MediaError(f"{path} must be a caption in UTF-8: {error}. Mend it or take it away.") from error
-
-
-def _read_manifest(path: Path) -> Iterator[_Entry]:
-    try:
-        with path.open(encoding="utf-8-sig", newline="") as file:
-            rows = csv.DictReader(file) if path.suffix.lower() == ".csv" else _read_json_lines(path, file)
-            for number, row in enumerate(rows, start=1):
-                name, caption = row.get("path"), row.get("caption")
-                if not isinstance(name, str) or not name:
-                    raise ConfigError(f"entry {number} of {path} must have a path, got {row}.")
-                if not isinstance(caption, str | None):
-                    raise ConfigError(f"the caption of entry {number} of {path} must be a text, got {caption!r}.")
-                yield _Entry(name, path.parent / name, (caption or "").strip() or None)
-    except (OSError, UnicodeDecodeError, csv.Error) as error:
-        raise ConfigError(f"{path} cannot be read: {error}. Name a manifest in UTF-8.") from error
-
-
-def _read_json_lines(path: Path, lines: Iterator[str]) -> Iterator[dict[str, object]]:
-    for number, line in enumerate(lines, start=1):
-        if not line.strip():
-            continue
-        try:
-            row = json.loads(line)
-        except ValueError as error:
-            raise ConfigError(f"line {number} of {path} must be a JSON object, got {line.strip()[:80]!r}.") from error
-        if not isinstance(row, dict):
-            raise ConfigError(f"line {number} of {path} must be a JSON object, got {line.strip()[:80]!r}.")
-        yield row
-
-
 def open_source(
     name: str | Path,
     *,
@@ -264,11 +255,13 @@ def open_source(
     width: int = 64,
     num_frames: int | None = 17,
     sample_rate: int = 16_000,
+    caption: str | None = None,
+    required: Collection[str] = (),
 ) -> ClipSource:
     """The source that a name stands for.
 
     Args:
-        name: `toybox:SPLIT`, `toybox-films:SPLIT`, a folder, or a .jsonl or .csv manifest.
+        name: `toybox:SPLIT`, `toybox-films:SPLIT`, a folder, a .jsonl or .csv manifest, or a .tar archive.
         count: how many clips of it, or films; needed for Toybox, which has no end. None: all.
         start: number of the first clip, or film.
         fps: see `FolderSource`, here and below; Toybox has its own, and is drawn square at multiples of 64 pixels.
@@ -276,14 +269,18 @@ def open_source(
         width: pixels.
         num_frames: frames from the start of each file.
         sample_rate: of the sound.
+        caption: of files that have none of their own.
+        required: what files must have; see `FolderSource`.
 
     Raises:
-        ConfigError: there is no such source, or not so many clips.
+        ConfigError: there is no such source, or not so many clips, or Toybox is given what only files take.
     """
     kind, colon, split = name.partition(":") if isinstance(name, str) else ("", "", "")
     if colon and kind in ("toybox", "toybox-films"):
         if count is None:
             raise ConfigError(f"{name} has no end: say how many clips, with a count.")
+        if caption is not None or required:
+            raise ConfigError(f"{name} has its own captions, pictures and sound; a caption or demands are for files.")
         from poet.data.toybox import ToyboxSource  # scipy, which reading files does not need
         from poet.data.toybox_films import ToyboxFilmSource
 
@@ -291,7 +288,16 @@ def open_source(
             raise ConfigError(f"{name} is drawn square, got a height of {height} and a width of {width} pixels.")
         drawn = ToyboxSource if kind == "toybox" else ToyboxFilmSource
         return drawn(split, count, start, height)
-    source = FolderSource(name, fps=fps, height=height, width=width, num_frames=num_frames, sample_rate=sample_rate)
+    source = FolderSource(
+        name,
+        fps=fps,
+        height=height,
+        width=width,
+        num_frames=num_frames,
+        sample_rate=sample_rate,
+        caption=caption,
+        required=required,
+    )
     return source if count is None and start == 0 else _Range(source, start, count)
 
 

@@ -16,11 +16,15 @@ from poet.media.opening import (
     MAX_FRAME_PIXELS,
     MAX_IMAGE_BYTES,
     MAX_STREAMS,
+    MediaPath,
     hash_file,
     probe,
 )
+from poet.media.parts import FilePart
 from poet.media.picture import Fit
 from poet.media.reading import read_audio, read_clip, read_image
+from poet.media.scanning import HeardSound, SeenPicture, scan_media
+from poet.media.scenes import read_scenes
 from poet.media.streaming import ClipStream
 from poet.media.writing import WRITABLE_SUFFIXES, check_target, write_clip
 
@@ -35,8 +39,12 @@ __all__ = [
     "WRITABLE_SUFFIXES",
     "Clip",
     "ClipStream",
+    "FilePart",
     "Fit",
+    "HeardSound",
     "MediaInfo",
+    "MediaPath",
+    "SeenPicture",
     "check_target",
     "exact_fps",
     "hash_file",
@@ -44,5 +52,7 @@ __all__ = [
     "read_audio",
     "read_clip",
     "read_image",
+    "read_scenes",
+    "scan_media",
     "write_clip",
 ]

@@ -19,6 +19,10 @@ from av.video.stream import VideoStream
 from poet.errors import MediaError, PoetError
 from poet.media import chunks
 from poet.media.clip import MediaInfo
+from poet.media.parts import FilePart, open_part
+
+MediaPath = str | Path | FilePart
+"""Where media may lie: in a local file, or in a part of one."""
 
 DEFAULT_MAX_DURATION = 600.0
 """Seconds. Ten minutes at 64 x 64 and 24 frames/s are 177 MB; longer reads are almost always a mistake."""
@@ -90,7 +94,7 @@ def _refuse_reference(url: str, flags: int, options: dict[str, Any]) -> Never:
 
 
 @contextmanager
-def open_media(path: str | Path) -> Iterator[OpenMedia]:
+def open_media(path: MediaPath) -> Iterator[OpenMedia]:
     """A local file opened for decoding; every failure inside the block leaves it as a MediaError that names the file.
 
     Raises:
@@ -120,21 +124,23 @@ def open_media(path: str | Path) -> Iterator[OpenMedia]:
             ) from error
 
 
-def _open_file(path: str | Path) -> tuple[BufferedReader, int]:
+def _open_file(path: MediaPath) -> tuple[BufferedReader, int]:
     if "://" in str(path):
         raise MediaError(f"{path}: must be a local file, got an address. Download it and give the file's path.")
+    holder = path.path if isinstance(path, FilePart) else Path(path)
     try:
-        status = Path(path).stat()
+        status = holder.stat()
         # Opening a pipe or a device could wait for ever, so the kind of file is looked at first.
         if stat.S_ISDIR(status.st_mode):
             raise MediaError(f"{path}: must be a media file, is a directory. Name a file in it.")
         if not stat.S_ISREG(status.st_mode):
             raise MediaError(f"{path}: must be a regular file, is a device, pipe or socket. Copy it to a file first.")
-        if status.st_size == 0:
+        size = path.size if isinstance(path, FilePart) else status.st_size
+        if size == 0:
             raise MediaError(f"{path}: is empty (0 bytes). Make or download the file again.")
-        if status.st_size > MAX_FILE_BYTES:
-            raise MediaError(f"{path}: has {status.st_size} bytes, more than {MAX_FILE_BYTES}. Cut it into parts.")
-        return Path(path).open("rb"), status.st_size
+        if size > MAX_FILE_BYTES:
+            raise MediaError(f"{path}: has {size} bytes, more than {MAX_FILE_BYTES}. Cut it into parts.")
+        return (open_part(path) if isinstance(path, FilePart) else holder.open("rb")), size
     except MediaError:
         raise
     except FileNotFoundError as error:
@@ -243,7 +249,7 @@ def unpack_metadata(comment: str | None) -> dict[str, str]:
     return values
 
 
-def probe(path: str | Path) -> MediaInfo:
+def probe(path: MediaPath) -> MediaInfo:
     """Describe a media file from its headers.
 
     Raises:

@@ -1,38 +1,25 @@
 """Reading clips, pictures and sound. One pass over the file, frame by frame, and no further than is needed."""
 
-import logging
 import math
 from fractions import Fraction
-from pathlib import Path
 
 import av
 import numpy as np
-from av.audio.frame import AudioFrame
 from av.video.frame import VideoFrame
 from numpy.typing import NDArray
 
 from poet.errors import ConfigError, MediaError
 from poet.media.clip import Clip, exact_fps
-from poet.media.opening import DEFAULT_MAX_DURATION, OpenMedia, open_media
+from poet.media.decoding import check_whole, decoded, origin_of, seek_before
+from poet.media.opening import DEFAULT_MAX_DURATION, MediaPath, OpenMedia, open_media
 from poet.media.picture import Fit, PictureFitter, check_size
 from poet.media.resampling import FrameSampler, SampleCollector, round_half_up, too_long
-
-_log = logging.getLogger(__name__)
-
-_SEEK_BEYOND = 2.0
-"""Seconds; a nearer start is reached faster by decoding than by seeking."""
-
-_LEADING_DAMAGE = 64
-"""Packets that may fail before the first good frame of a broadcast or song: such recordings begin anywhere."""
-
-_SHORT_BY = Fraction(1, 2)
-"""Seconds that may be missing at the end before a file counts as cut short; headers round and pad."""
 
 _MAX_SAMPLE_RATE = 384_000
 
 
 def read_clip(
-    path: str | Path,
+    path: MediaPath,
     *,
     fps: float | Fraction | None = None,
     height: int | None = None,
@@ -54,7 +41,7 @@ def read_clip(
     over black, channels are averaged to mono. High dynamic range is not tone-mapped and fields are not deinterlaced.
 
     Args:
-        path: a local file.
+        path: a local file, or a part of one.
         fps: frames per second; None keeps the file's average rate.
         height: rows; None keeps the file's, or follows from width.
         width: columns; None keeps the file's, or follows from height.
@@ -98,16 +85,16 @@ def read_clip(
         if length is None and (media.container.duration or 0) / av.time_base - start > max_duration + 0.5:
             raise too_long(media.name, limit)
         _decode(media, sampler, collector, begin)
-        return _assemble(media, sampler, collector, begin)
+        return assemble(media, sampler, collector, begin)
 
 
 def read_image(
-    path: str | Path, height: int | None = None, width: int | None = None, fit: Fit = "crop"
+    path: MediaPath, height: int | None = None, width: int | None = None, fit: Fit = "crop"
 ) -> NDArray[np.uint8]:
     """Read a picture, or the first frame of a video.
 
     Args:
-        path: a local file.
+        path: a local file, or a part of one.
         height: rows; None keeps the file's, or follows from width.
         width: columns; None keeps the file's, or follows from height.
         fit: as for `read_clip`.
@@ -130,11 +117,11 @@ def read_image(
         raise MediaError(f"{path}: its picture cannot be decoded. Make or download the file again.")
 
 
-def read_audio(path: str | Path, sample_rate: int, max_duration: float = DEFAULT_MAX_DURATION) -> NDArray[np.float32]:
+def read_audio(path: MediaPath, sample_rate: int, max_duration: float = DEFAULT_MAX_DURATION) -> NDArray[np.float32]:
     """Read the sound of a sound or video file.
 
     Args:
-        path: a local file.
+        path: a local file, or a part of one.
         sample_rate: samples per second of the result.
         max_duration: seconds that may be read at most.
 
@@ -179,110 +166,35 @@ def _own_rate(media: OpenMedia) -> Fraction:
     raise MediaError(f"{media.name}: does not say how many frames it has per second. Say how many with fps.")
 
 
-def _origin(media: OpenMedia) -> Fraction:
-    """Seconds, on the file's clock, at which the earlier of its two streams begins."""
-    starts = [
-        stream.start_time * stream.time_base
-        for stream in (media.video, media.audio)
-        if stream is not None and stream.start_time is not None and stream.time_base is not None
-    ]
-    return min(starts, default=Fraction(0))
-
-
 def _decode(media: OpenMedia, sampler: FrameSampler | None, collector: SampleCollector | None, begin: Fraction) -> None:
     """Feed both sinks until they have enough or the file ends."""
-    origin = _origin(media)
-    # Only these carry an index that makes a seek land on a key frame before the place asked for.
-    if begin > _SEEK_BEYOND and sampler is not None and media.has_format("mov", "matroska"):
-        media.container.seek(int((origin + begin) * av.time_base))
-    streams = [media.video] if sampler is not None else []
-    wanted = [*streams, media.audio] if collector is not None else streams
-    frame_length = 1 / sampler.fps if sampler is not None else Fraction(0)
-    is_recording = not media.is_image and not media.has_format("mov", "matroska", "gif", "wav", "avi")
-    last: dict[int, Fraction] = {}
-    damage: dict[int, int] = {}
-    for packet in media.container.demux(*wanted):
-        index = packet.stream.index
-        sink = sampler if media.video is not None and index == media.video.index else collector
-        if (sampler is None or sampler.is_done) and (collector is None or collector.is_done):
-            return
-        if sink is None or sink.is_done:
-            continue
-        try:
-            frames = packet.decode()
-        except av.FFmpegError as error:
-            damage[index] = damage.get(index, 0) + 1
-            if not is_recording or index in last or damage[index] > _LEADING_DAMAGE:
-                raise _damaged(media.name, last.get(index)) from error
-            continue
-        if frames and index in damage and index not in last:
-            _log.warning("%s: skipped %d packets before the first good one", media.name, damage[index])
-        for frame in frames:
-            if isinstance(frame, VideoFrame) and sampler is not None:
-                shown = _time(frame, origin)
-                shown = shown if shown is not None else last.get(index, Fraction(0))
-                lasts = frame.duration * frame.time_base if frame.duration and frame.time_base else frame_length
-                sampler.add(frame, shown, lasts)
-                last[index] = shown + lasts
-            elif isinstance(frame, AudioFrame) and collector is not None:
-                collector.add(frame, _time(frame, origin))
-                last[index] = collector.end or Fraction(0)
-    if any(index not in last for index in damage):
-        raise _damaged(media.name, None)
-    _check_whole(media, sampler, collector, origin)
+    if sampler is not None:
+        seek_before(media, begin)
+    sinks: dict[int, FrameSampler | SampleCollector] = {}
+    if sampler is not None and media.video is not None:
+        sinks[media.video.index] = sampler
+    if collector is not None and media.audio is not None:
+        sinks[media.audio.index] = collector
+    shortest = 1 / sampler.fps if sampler is not None else Fraction(0)
+    for frame, time, lasts in decoded(media, sinks, shortest, lambda index: sinks[index].is_done):
+        if isinstance(frame, VideoFrame):
+            assert sampler is not None and time is not None
+            sampler.add(frame, time, lasts)
+        else:
+            assert collector is not None
+            collector.add(frame, time)
+    if not all(sink.is_done for sink in sinks.values()):
+        check_whole(media, {index: sink.end for index, sink in sinks.items()})
 
 
-def _damaged(name: str, place: Fraction | None) -> MediaError:
-    if place is None:
-        return MediaError(f"{name}: nothing in it can be decoded, it is damaged or encrypted. Make it again.")
-    return MediaError(
-        f"{name}: is damaged or cut short at {float(place):.2f} s. "
-        "Make or download it again, or stop before that place with a duration."
-    )
-
-
-def _time(frame: VideoFrame | AudioFrame, origin: Fraction) -> Fraction | None:
-    return None if frame.pts is None or frame.time_base is None else frame.pts * frame.time_base - origin
-
-
-def _check_whole(
-    media: OpenMedia, sampler: FrameSampler | None, collector: SampleCollector | None, origin: Fraction
-) -> None:
-    """Refuse a file that ended earlier than its header promised, where headers of that format can be trusted."""
-    reached = [(media.video, sampler.end)] if sampler is not None else []
-    ends = [*reached, (media.audio, collector.end)] if collector is not None else reached
-    if media.has_format("mov"):
-        for stream, end in ends:
-            if stream is not None and stream.duration and stream.time_base and stream.start_time is not None:
-                stated = (stream.start_time + stream.duration) * stream.time_base - origin
-                _refuse_short(media.name, end, stated)
-        return
-    # The container's length covers all streams, so it binds only where all of them were read to their ends.
-    is_trusted = media.has_format("matroska") or (media.has_format("mp3") and _has_length_tag(media))
-    if is_trusted and media.container.duration and len(ends) == len(media.container.streams):
-        stated = Fraction(media.container.duration, av.time_base)
-        _refuse_short(media.name, max((end for _, end in ends if end is not None), default=None), stated)
-
-
-def _refuse_short(name: str, end: Fraction | None, stated: Fraction) -> None:
-    reached = end if end is not None else Fraction(0)
-    if reached < stated - max(_SHORT_BY, stated / 50):
-        raise MediaError(
-            f"{name}: is cut short, it ends at {float(reached):.2f} s instead of {float(stated):.2f} s. "
-            "Make or download it again, or read a part of it with a duration."
-        )
-
-
-def _has_length_tag(media: OpenMedia) -> bool:
-    """Whether an MP3 file carries the tag that states its length; otherwise ffmpeg only guesses it."""
-    media.file.seek(0)
-    head = media.file.read(1 << 16)
-    return b"Xing" in head or b"Info" in head
-
-
-def _assemble(
+def assemble(
     media: OpenMedia, sampler: FrameSampler | None, collector: SampleCollector | None, begin: Fraction
 ) -> Clip:
+    """What was gathered, as a clip; see `read_clip`.
+
+    Raises:
+        MediaError: nothing was.
+    """
     frames = sampler.finish() if sampler is not None else None
     count, end = None, None
     if collector is not None:
@@ -290,7 +202,7 @@ def _assemble(
             count = round_half_up(len(frames) / sampler.fps * collector.sample_rate)
         stream = media.audio
         if media.has_format("mov") and stream is not None and stream.duration and stream.time_base:
-            end = ((stream.start_time or 0) + stream.duration) * stream.time_base - _origin(media)
+            end = ((stream.start_time or 0) + stream.duration) * stream.time_base - origin_of(media)
     samples = collector.finish(count, end) if collector is not None else None
     if frames is not None and samples is None and collector is not None and count is not None:
         samples = np.zeros(count, np.float32)

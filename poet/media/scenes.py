@@ -1,0 +1,131 @@
+"""Several clips out of one file in a single pass: what `read_clip` would give for each, without starting anew.
+
+Legend: N frames of each scene.
+"""
+
+import itertools
+from collections.abc import Sequence
+from fractions import Fraction
+
+from av.video.frame import VideoFrame
+
+from poet.errors import ConfigError, MediaError
+from poet.media.clip import Clip, exact_fps
+from poet.media.decoding import check_whole, decoded, seek_before
+from poet.media.opening import MediaPath, OpenMedia, open_media
+from poet.media.picture import PictureFitter
+from poet.media.reading import assemble
+from poet.media.resampling import FrameSampler, SampleCollector
+
+__all__ = ["read_scenes"]
+
+_LEAD = Fraction(1, 4)
+"""Seconds of sound decoded before a scene: decoders and resamplers need some to settle."""
+
+
+def read_scenes(
+    path: MediaPath,
+    starts: Sequence[float],
+    duration: float,
+    *,
+    fps: float,
+    height: int,
+    width: int,
+    sample_rate: int,
+) -> list[Clip]:
+    """Read parts of a file that all last equally long, each with its picture and sound in step.
+
+    What comes out for a scene does not depend on the others that are read with it: pictures are those of `read_clip`
+    to the last value, sound is resampled from a quarter of a second before each scene on.
+
+    Args:
+        path: a local file, or a part of one.
+        starts: seconds at which the scenes begin, ascending, at least one; all are kept in memory.
+        duration: seconds that each lasts.
+        fps: frames per second.
+        height: rows.
+        width: columns; the margins of a picture of another shape are cut off.
+        sample_rate: of the sound.
+
+    Returns:
+        A Clip for each start; N is `duration * fps`, rounded.
+
+    Raises:
+        MediaError: the file cannot be read, is damaged, or ends within a scene.
+        ConfigError: no starts, or they do not ascend from 0 or later.
+    """
+    if not starts or starts[0] < 0 or any(b <= a for a, b in itertools.pairwise(starts)):
+        raise ConfigError(f"starts must be seconds that ascend from 0 or later, got {list(starts)}.")
+    begins, rate = [Fraction(start) for start in starts], exact_fps(fps)
+    with open_media(path) as media:
+        scenes = [_Scene(media, begin, Fraction(duration), rate, height, width, sample_rate) for begin in begins]
+        seek_before(media, max(Fraction(0), begins[0] - _LEAD))
+        _decode(media, scenes)
+        clips = [assemble(media, scene.sampler, scene.collector, scene.begin) for scene in scenes]
+    wanted = scenes[0].num_frames
+    for start, clip in zip(starts, clips, strict=True):
+        if clip.frames is not None and len(clip.frames) != wanted:
+            raise MediaError(
+                f"{path} must have {wanted} frames at {fps:g} a second from {start:g} s on, got {len(clip.frames)}. "
+                "Has the file changed? Encode into another directory."
+            )
+    return clips
+
+
+class _Scene:
+    """Where the frames and samples of one scene gather."""
+
+    def __init__(
+        self,
+        media: OpenMedia,
+        begin: Fraction,
+        duration: Fraction,
+        fps: Fraction,
+        height: int,
+        width: int,
+        sample_rate: int,
+    ) -> None:
+        self.begin = begin
+        self.sampler: FrameSampler | None = None
+        self.collector: SampleCollector | None = None
+        self.num_frames = max(1, round(duration * fps))
+        if media.video is not None:
+            aspect = media.video.sample_aspect_ratio
+            fitter = PictureFitter(media.name, media.file, height, width, "crop", aspect)
+            self.sampler = FrameSampler(media.name, fps, begin, duration, duration, fitter.fit)
+            duration = self.sampler.covered(duration)
+        self._end = begin + duration + _LEAD
+        if media.audio is not None:
+            self.collector = SampleCollector(media.name, sample_rate, begin, duration, duration)
+
+    def hears(self, time: Fraction, lasts: Fraction) -> bool:
+        """Whether a piece of sound matters here."""
+        return time + lasts > self.begin - _LEAD and time < self._end
+
+
+def _decode(media: OpenMedia, scenes: Sequence[_Scene]) -> None:
+    samplers = [scene.sampler for scene in scenes if scene.sampler is not None]
+    collectors = [scene.collector for scene in scenes if scene.collector is not None]
+    sinks: dict[int, Sequence[FrameSampler | SampleCollector]] = {}
+    if media.video is not None:
+        sinks[media.video.index] = samplers
+    if media.audio is not None:
+        sinks[media.audio.index] = collectors
+    # The scenes ascend, so whoever has the last has them all.
+    shortest = 1 / samplers[0].fps if samplers else Fraction(0)
+    heard = Fraction(0)
+    for frame, time, lasts in decoded(media, sinks, shortest, lambda index: sinks[index][-1].is_done):
+        if isinstance(frame, VideoFrame):
+            assert time is not None
+            for sampler in samplers:
+                if not sampler.is_done:
+                    sampler.add(frame, time, lasts)
+            continue
+        time = heard if time is None else time
+        heard = time + lasts
+        for scene in scenes:
+            collector = scene.collector
+            if collector is not None and not collector.is_done and scene.hears(time, lasts):
+                collector.add(frame, time)
+    if not all(sink[-1].is_done for sink in sinks.values()):
+        check_whole(media, {index: sink[-1].end for index, sink in sinks.items()})
