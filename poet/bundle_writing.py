@@ -81,6 +81,7 @@ def export_bundle(
     write_weights: Callable[[Path], None],
     model_card: str | None = None,
     *,
+    tokenizers: Mapping[str, Path] | None = None,
     overwrite: bool = False,
 ) -> Bundle:
     """Assemble a complete bundle: a model together with the vocabulary, defaults and tokenizers of another bundle.
@@ -95,12 +96,15 @@ def export_bundle(
         config: for config.json; `poet_fingerprint` is added, or compared where it is there.
         write_weights: called with the path of the model.safetensors that it has to write.
         model_card: for README.md.
+        tokenizers: "video", "audio" or "text" -> directory of a tokenizer that takes the place of the bundle's; its
+            codes must mean the same.
         overwrite: replace a bundle that is there already.
 
     Raises:
-        CheckpointError: the config belongs to another vocabulary, the weights were not written, or the directory
-            exists.
+        CheckpointError: the config or a tokenizer belongs to another vocabulary, the weights were not written, or the
+            directory exists.
     """
+    tokenizers = tokenizers or {}
     content = {FINGERPRINT_KEY: source.fingerprint, **config}
     check_fingerprint(
         str(content[FINGERPRINT_KEY]),
@@ -110,7 +114,8 @@ def export_bundle(
     )
     with _appearing_whole(Path(directory), overwrite) as unfinished:
         for kind in TOKENIZER_KINDS:
-            shutil.copytree(source.path / f"{kind}_tokenizer", unfinished / f"{kind}_tokenizer")
+            part = f"{kind}_tokenizer"
+            shutil.copytree(tokenizers.get(kind, source.path / part), unfinished / part)
         if source.upsampler is not None:
             shutil.copytree(source.upsampler, unfinished / UPSAMPLER_DIRECTORY)
         if source.phrases_file is not None:
@@ -121,7 +126,9 @@ def export_bundle(
         if model_card is not None:
             (unfinished / MODEL_CARD_FILE).write_text(model_card, encoding="utf-8")
         write_weights(unfinished / WEIGHTS_FILE)
-        Bundle.open(unfinished)
+        written = Bundle.open(unfinished)
+        for kind in tokenizers:
+            getattr(written, f"{kind}_tokenizer")  # says what is wrong with it
     return Bundle.open(directory)
 
 

@@ -41,8 +41,18 @@ def evaluate(
         str, typer.Option(help="generation, films, reconstruction (the tokenizers alone) or upsampling.")
     ] = "generation",
     split: Annotated[list[str], typer.Option(help="A split of clips; repeatable.")] = ["seen", "unseen"],  # noqa: B006
-    count: Annotated[int, typer.Option(min=1, help="Clips, or films, a split.")] = 200,
+    count: Annotated[
+        int | None, typer.Option(min=1, help="Clips, or films, a split: 200 when left out; of --clips, all.")
+    ] = None,
     start: Annotated[int, typer.Option(min=0, help="Number of the first clip of each split.")] = 0,
+    clips: Annotated[
+        str | None, typer.Option(help="Of reconstruction: your own clips, a folder or manifest, in place of splits.")
+    ] = None,
+    against: Annotated[
+        Path | None, typer.Option(help="Of reconstruction with --clips: another bundle, shown and measured beside.")
+    ] = None,
+    height: Annotated[int | None, typer.Option(help="Of --clips, in pixels; the bundle's own when left out.")] = None,
+    width: Annotated[int | None, typer.Option(help="Of --clips, in pixels; the bundle's own when left out.")] = None,
     num_scenes: Annotated[int | None, typer.Option(min=1, help="Of films: scenes of each, 8 when left out.")] = None,
     task: Annotated[str, typer.Option(help="The task to evaluate.")] = DEFAULT_TASK,
     seed: Annotated[int, typer.Option(help="Of the first clip; counted up.")] = 0,
@@ -69,19 +79,37 @@ def evaluate(
         raise ConfigError(f"--what must be {', '.join(KINDS[:-1])} or {KINDS[-1]}, got {what!r}.")
     if num_scenes is not None and what != "films":
         raise ConfigError("--num-scenes is an option of --what films: leave it out.")
+    if clips is not None and what != "reconstruction":
+        raise ConfigError("--clips is an option of --what reconstruction: nobody knows what such clips should show.")
+    if clips is None and (against, height, width) != (None, None, None):
+        raise ConfigError("--against, --height and --width go with --clips: name your clips, or leave them out.")
     from poet.bundle import Bundle, default_bundle
-    from poet.evaluation import films, measure
+    from poet.evaluation import films, footage, measure
 
     bundle = Bundle.open(default_bundle() if model is None else model, require_model=what != "reconstruction")
-    if what == "reconstruction":
+    drawn = 200 if count is None else count
+    if clips is not None:
         with progress("reconstructing clips") as advance:
-            measured = measure.reconstruction(bundle, split, count, start, output, progress=advance)
+            measured = footage.reconstruct_footage(
+                bundle,
+                clips,
+                count,
+                start,
+                output,
+                against=None if against is None else Bundle.open(against, require_model=False),
+                height=height,
+                width=width,
+                progress=advance,
+            )
+    elif what == "reconstruction":
+        with progress("reconstructing clips") as advance:
+            measured = measure.reconstruction(bundle, split, drawn, start, output, progress=advance)
     elif what == "upsampling":
         settings = upsampling(True, steps=upsample_steps, temperature=upsample_temperature)
         assert settings is not None
         with progress("upsampling") as advance:
             measured = measure.upsampling(
-                bundle, split, count, start, output, seed=seed, engine=engine, settings=settings, progress=advance
+                bundle, split, drawn, start, output, seed=seed, engine=engine, settings=settings, progress=advance
             )
     else:
         sampling = {
@@ -110,7 +138,7 @@ def evaluate(
                 measured = films.evaluate_films(
                     bundle,
                     split,
-                    count,
+                    drawn,
                     start,
                     output,
                     num_scenes=num_scenes or 8,
@@ -126,7 +154,7 @@ def evaluate(
                 measured = measure.generation(
                     bundle,
                     split,
-                    count,
+                    drawn,
                     start,
                     output,
                     task=task,

@@ -16,6 +16,7 @@ import copy
 import dataclasses
 import functools
 import resource
+import shutil
 import time
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
@@ -29,7 +30,7 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
-from poet.bundle import Bundle, default_bundle
+from poet.bundle import WEIGHTS_FILE, Bundle, default_bundle
 from poet.bundle_writing import export_bundle
 from poet.data.clips import open_source
 from poet.data.encode import encode_source
@@ -462,31 +463,52 @@ def merged_weights(bundle_dir: Path, config: PoetConfig, adapter_dir: Path) -> d
     return weights
 
 
-def write_merged(bundle: Bundle, adapter_dir: Path, directory: Path) -> Bundle:
-    """Write a bundle with an adapter's change in its weights, which are stored as they were.
+def write_merged(
+    bundle: Bundle, adapter_dir: Path | None, directory: Path, tokenizers: Mapping[str, Path] | None = None
+) -> Bundle:
+    """Write a bundle with what was trained on it: an adapter's change in its weights, tuned tokenizers, or both.
 
     Args:
-        bundle: that the adapter was trained on; everything but the weights is taken from it.
-        adapter_dir: of PEFT's files.
+        bundle: that they were trained on; everything else is taken from it, and weights are stored as they were.
+        adapter_dir: of PEFT's files; None leaves the weights.
         directory: of the new bundle; must not exist.
+        tokenizers: "video" or "audio" -> directory of a tokenizer whose decoder was tuned.
 
     Raises:
-        CheckpointError: the adapter cannot be read or belongs to another model, or the directory exists.
+        CheckpointError: the adapter cannot be read or belongs to another model, a tokenizer's codes do not mean what
+            the bundle's do, or the directory exists.
     """
     assert bundle.config is not None
-    found = adapter_metadata(adapter_dir).get(FINGERPRINT_KEY, bundle.fingerprint)
-    if found != bundle.fingerprint:
-        raise CheckpointError(
-            f"{adapter_dir} belongs to the vocabulary with the fingerprint {found[:12]}, {bundle.path} has "
-            f"{bundle.fingerprint[:12]}. Take the bundle that the adapter was trained on."
-        )
-    merged = merged_weights(bundle.path, bundle.model_config, adapter_dir)
-    stored = load_file(bundle.path / "model.safetensors")
-    weights = {name: merged[name].to(tensor.dtype).contiguous() for name, tensor in stored.items()}
-    card = f"The bundle {bundle.name} with the LoRA adapter {adapter_dir.resolve().name} merged into its weights.\n"
+    parts = [path.resolve() for path in (tokenizers or {}).values()]
+    weights: dict[str, Tensor] | None = None
+    if adapter_dir is not None:
+        parts.append(adapter_dir.resolve())
+        found = adapter_metadata(adapter_dir).get(FINGERPRINT_KEY, bundle.fingerprint)
+        if found != bundle.fingerprint:
+            raise CheckpointError(
+                f"{adapter_dir} belongs to the vocabulary with the fingerprint {found[:12]}, {bundle.path} has "
+                f"{bundle.fingerprint[:12]}. Take the bundle that the adapter was trained on."
+            )
+        merged = merged_weights(bundle.path, bundle.model_config, adapter_dir)
+        stored = load_file(bundle.path / WEIGHTS_FILE)
+        weights = {name: merged[name].to(tensor.dtype).contiguous() for name, tensor in stored.items()}
+
+    def write(path: Path) -> None:
+        if weights is None:
+            shutil.copyfile(bundle.path / WEIGHTS_FILE, path)
+        else:
+            save_file(weights, path, metadata={"format": "pt"})
+
+    names = " and ".join(f"{path.parent.name}/{path.name}" for path in parts)
+    card = f"The bundle {bundle.name} with {names} merged into it.\n"
     with writing(directory):
         return export_bundle(
-            directory, bundle, bundle.config, lambda path: save_file(weights, path, metadata={"format": "pt"}), card
+            directory,
+            bundle,
+            bundle.config,
+            write,
+            card,
+            tokenizers=tokenizers,
         )
 
 

@@ -25,6 +25,7 @@ from poet.errors import CheckpointError, ConfigError, PoetError
 from poet.model.device import parse_device
 from poet.training.audio_tokenizer import AudioTokenizerRecipe, AudioTokenizerTraining
 from poet.training.config import build, read_recipe, to_plain, write_recipe
+from poet.training.kept_frames import KeptFrames
 from poet.training.language import LanguageRecipe, LanguageRun, LanguageTraining, check_trainable
 from poet.training.launch import LAUNCHER
 from poet.training.loop import ONE_FILE, FitResult, LoopConfig, Progress, Trainable, fit, writing
@@ -32,7 +33,7 @@ from poet.training.plan import make_plan
 from poet.training.processes import alone_in, follow_parent
 from poet.training.text_tokenizer import TextTokenizerRecipe, train_text_tokenizer
 from poet.training.upsampler import UpsamplerRecipe, UpsamplerTraining
-from poet.training.video_tokenizer import VideoTokenizerRecipe, VideoTokenizerTraining
+from poet.training.video_tokenizer import FrameSource, VideoTokenizerRecipe, VideoTokenizerTraining
 
 __all__ = ["KINDS", "LoopOptions", "check_parallel", "plan", "train"]
 
@@ -147,7 +148,7 @@ def _train(
         return train_with_megatron(language, loop, directory, device=device, progress=progress)
     if kind == "lora":
         return _train_adapter(values, options, directory, device, progress, say)
-    settings, trainable = _build(kind, values, device)
+    settings, trainable = _build(kind, values, device, directory)
     _keep_recipe(kind, settings, directory)
     loop = LoopConfig(num_steps=settings.num_steps, **dataclasses.asdict(options))
     speed = trainable.speed(directory) if isinstance(trainable, LanguageTraining) else None
@@ -232,13 +233,16 @@ def plan(
     ).to_dict()
 
 
-def _build(kind: str, values: Mapping[str, Any], device: str) -> tuple[Any, Trainable]:
+def _build(kind: str, values: Mapping[str, Any], device: str, directory: Path) -> tuple[Any, Trainable]:
     if kind == "video_tokenizer":
         video = build(VideoTokenizerRecipe, values)
 
-        def frames(name: str) -> list[_Frames]:
+        def frames(name: str) -> list[FrameSource]:
             sizes = [(scale * video.height, scale * video.width) for scale in video.scales]
-            return [_Frames(_open(name, video.fps, video.num_frames, *size)) for size in sizes]
+            opened = [_open(name, video.fps, video.num_frames, *size) for size in sizes]
+            if not Path(name).exists():  # drawn, which is as fast as reading
+                return [_Frames(source) for source in opened]
+            return [KeptFrames(_Frames(source), source.name, directory / "frames") for source in opened]
 
         return video, VideoTokenizerTraining(
             video, frames(video.source), frames(video.validation_source), device=device
@@ -281,8 +285,9 @@ def _open(
 ) -> ClipSource:
     """All clips of a source, which for one that is drawn is more than anybody can use."""
     count = None if Path(name).exists() else ENDLESS
-    size = {"num_frames": num_frames, "height": height, "width": width}
-    return open_source(name, count=count, fps=fps, sample_rate=sample_rate, **size)
+    return open_source(
+        name, count=count, fps=fps, height=height, width=width, num_frames=num_frames, sample_rate=sample_rate
+    )
 
 
 def _sound(name: str, index: int, *, sample_rate: int) -> NDArray[np.float32]:

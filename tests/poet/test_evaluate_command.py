@@ -6,12 +6,14 @@ import subprocess
 from collections.abc import Callable
 from pathlib import Path
 
+import numpy as np
 import pytest
 
 from poet.bundle import Bundle
 from poet.cli.main import main
 from poet.evaluation import measure
 from poet.evaluation.judge import Verdict
+from poet.media import Clip, write_clip
 from poet.testing import tiny_bundle, tiny_upsampler
 
 
@@ -150,3 +152,43 @@ def test_options_of_films_and_of_clips_do_not_go_together(
         assert main(["evaluate", str(bundle), "--engine", "torch", "-o", str(tmp_path / "out"), *said]) == 1
         assert words in capsys.readouterr().err
     assert not (tmp_path / "out").exists()
+
+
+def test_own_clips_are_measured_beside_another_bundle(
+    capsys: pytest.CaptureFixture[str], bundle: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    other, clips = tmp_path / "other", tmp_path / "clips"
+    tiny_bundle(other, seed=1)
+    clips.mkdir()
+    usual = Bundle.open(bundle).generation_config
+    for number in range(3):
+        frames = np.random.default_rng(number).integers(256, size=(usual.num_frames, 48, 64, 3), dtype=np.uint8)
+        write_clip(Clip(frames=frames, fps=usual.fps, samples=None, sample_rate=None), clips / f"{number}.mp4")
+
+    def run(*options: object) -> int:
+        told = ["evaluate", bundle, "--what", "reconstruction", *options]
+        return main([str(argument) for argument in told])
+
+    assert run("--clips", clips, "--against", other, "--json") == 0
+    facts = json.loads(capsys.readouterr().out)
+    report = json.loads(Path("evaluation/report.json").read_text())
+    assert facts[bundle.name]["num_clips"] == facts["other"]["num_clips"] == 3
+    measures = report["measures"]
+    assert measures["psnr gained"] == pytest.approx(
+        measures[f"psnr, {bundle.name}"] - measures["psnr, other"], abs=1e-4
+    )
+    assert measures["psnr gained"] != 0
+    assert Path("evaluation/clips.png").stat().st_size > 1000
+    # Of twice the size, one clip, without another bundle; the same bundle gains nothing.
+    assert run("--clips", clips, "--count", 1, "--start", 2, "--height", 32, "--width", 32) == 0
+    assert "psnr gained" not in capsys.readouterr().out
+    assert run("--clips", clips, "--against", bundle) == 0
+    assert "| psnr gained | 0 |" in capsys.readouterr().out
+    for wrong, words in (
+        (("--clips", clips, "--what", "generation"), "nobody knows"),
+        (("--height", 32), "go with --clips"),
+        (("--clips", tmp_path / "none"), "does not exist"),
+    ):
+        assert run(*wrong) == 1
+        assert words in " ".join(capsys.readouterr().err.split())

@@ -16,7 +16,21 @@ if TYPE_CHECKING:
 
     from poet_tokenizers.base import AudioTokenizer, TextTokenizer, VideoTokenizer
 
-__all__ = ["load_audio_tokenizer", "load_text_tokenizer", "load_video_tokenizer"]
+__all__ = ["load_audio_tokenizer", "load_text_tokenizer", "load_video_tokenizer", "tokenizer_kind"]
+
+_KINDS = {"magvit2": "video", "encodec": "audio", "sentencepiece": "text", "byte_level_bpe": "text"}
+
+
+def tokenizer_kind(directory: str | Path) -> str:
+    """What a tokenizer's directory is for: "video", "audio" or "text".
+
+    Raises:
+        CheckpointError: it says nothing of itself that is known.
+    """
+    kind = checkpoint.read_description(Path(directory))["kind"]
+    if kind not in _KINDS:
+        raise _wrong_kind(directory, kind, "known", *_KINDS)
+    return _KINDS[kind]
 
 
 def load_video_tokenizer(directory: str | Path, device: str | torch.device = "cpu") -> VideoTokenizer:
@@ -55,11 +69,16 @@ def load_text_tokenizer(directory: str | Path) -> TextTokenizer:
         from poet_tokenizers.text import SentencePieceTokenizer
 
         return SentencePieceTokenizer.load(directory)
-    raise _wrong_kind(directory, kind, "text", "sentencepiece")
+    if kind == "byte_level_bpe":
+        from poet_tokenizers.byte_level import ByteLevelTokenizer
+
+        return ByteLevelTokenizer.load(directory)
+    raise _wrong_kind(directory, kind, "text", "sentencepiece", "byte_level_bpe")
 
 
-def _wrong_kind(directory: str | Path, kind: str, wanted: str, known: str) -> CheckpointError:
+def _wrong_kind(directory: str | Path, kind: str, wanted: str, *known: str) -> CheckpointError:
+    kinds = " or ".join(f'"{name}"' for name in known)
     return CheckpointError(
-        f'{Path(directory) / checkpoint.CONFIG_FILE}: a {wanted} tokenizer must be of kind "{known}", this one is of '
+        f"{Path(directory) / checkpoint.CONFIG_FILE}: a {wanted} tokenizer must be of kind {kinds}, this one is of "
         f'kind "{kind}". Name the directory of a {wanted} tokenizer.'
     )
