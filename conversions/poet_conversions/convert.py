@@ -5,7 +5,6 @@ Joins the parts: reading and writing are `formats`', names are `poet.training.me
 
 from __future__ import annotations
 
-import dataclasses
 import json
 from pathlib import Path
 from typing import Any, Literal
@@ -21,26 +20,12 @@ from poet.errors import CheckpointError, ConfigError
 from poet.model.attention import SceneLayout
 from poet.model.config import PoetConfig
 from poet.model.weights import load_transformer
+from poet_conversions.agreement import Agreement
 from poet_conversions.formats import distributed_checkpoint as files
 
-__all__ = ["Agreement", "compare", "convert", "find_checkpoint"]
+__all__ = ["compare", "convert", "find_checkpoint"]
 
 Kind = Literal["bundle", "megatron"]
-
-
-@dataclasses.dataclass(frozen=True, kw_only=True)
-class Agreement:
-    """How much two models say the same.
-
-    Attributes:
-        largest_difference: between two logits of one id at one place.
-        largest_logit: of all, by size, to compare the difference with.
-        greedy: share of places at which both find the same id likeliest.
-    """
-
-    largest_difference: float
-    largest_logit: float
-    greedy: float
 
 
 def find_checkpoint(path: Path) -> Path | None:
@@ -113,11 +98,7 @@ def compare(one: Path, other: Path, *, which: files.Which = "averaged", rows: in
     prefixes = torch.arange(rows) * length // (2 * rows)
     layout = SceneLayout.from_prefix_lengths(prefixes, torch.full_like(prefixes, length), length)
     first, second = (_logits(path, ids, layout, which) for path in (one, other))
-    return Agreement(
-        largest_difference=float((first - second).abs().max()),
-        largest_logit=float(first.abs().max()),
-        greedy=float((first.argmax(-1) == second.argmax(-1)).float().mean()),
-    )
+    return Agreement.of(first, second)
 
 
 @torch.inference_mode()

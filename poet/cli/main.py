@@ -32,7 +32,7 @@ __all__ = ["build_app", "main"]
 
 # What `poet --help` says of our own commands in other packages, which it does not load.
 OWN_PLUGINS = {
-    "poet_conversions.cli:convert": "Convert a bundle to a Megatron checkpoint, or the other way.",
+    "poet_conversions.cli:convert": "Convert a bundle to a Megatron checkpoint or back, or start one from Qwen3.",
     "poet_serving.cli:batch": "Write a clip for every line of a file; what is answered already is not done again.",
     "poet_serving.serve_cli:serve": "Serve a bundle over HTTP: OpenAI's videos API, chat, and a page to chat with.",
 }
