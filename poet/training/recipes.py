@@ -31,6 +31,7 @@ from poet.training.launch import LAUNCHER
 from poet.training.loop import ONE_FILE, FitResult, LoopConfig, Progress, Trainable, fit, writing
 from poet.training.plan import make_plan
 from poet.training.processes import alone_in, follow_parent
+from poet.training.start import shape_of
 from poet.training.text_tokenizer import TextTokenizerRecipe, train_text_tokenizer
 from poet.training.upsampler import UpsamplerRecipe, UpsamplerTraining
 from poet.training.video_tokenizer import FrameSource, VideoTokenizerRecipe, VideoTokenizerTraining
@@ -234,6 +235,8 @@ def plan(
 
 
 def _build(kind: str, values: Mapping[str, Any], device: str, directory: Path) -> tuple[Any, Trainable]:
+    if kind in ("video_tokenizer", "audio_tokenizer") and "codec" not in values and values.get("start_from"):
+        values = {**values, "codec": shape_of(Path(values["start_from"]))}
     if kind == "video_tokenizer":
         video = build(VideoTokenizerRecipe, values)
 

@@ -6,8 +6,9 @@ from pathlib import Path
 from typing import Any, Protocol, Self, TypeVar
 
 from poet.errors import ConfigError
+from poet_tokenizers.checkpoint import read_description
 
-__all__ = ["Codec", "begin"]
+__all__ = ["Codec", "begin", "shape_of"]
 
 
 class Codec(Protocol):
@@ -47,3 +48,12 @@ def begin(kind: type[C], shape: Any, start_from: Path | None) -> C:
             "Give both the same codec."
         )
     return codec
+
+
+def shape_of(start_from: Path) -> dict[str, Any]:
+    """What a finished codec says of its shape: a recipe that begins with it need not repeat it.
+
+    Raises:
+        CheckpointError: there is none, or its description is damaged.
+    """
+    return dict(read_description(start_from)["config"])

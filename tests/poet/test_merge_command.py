@@ -3,11 +3,13 @@
 import json
 from pathlib import Path
 
+import numpy as np
 import pytest
 import torch
 
 from poet.bundle import Bundle
 from poet.cli.main import main
+from poet.media import Clip, write_clip
 from poet.testing import tiny_bundle
 from poet_tokenizers.loading import tokenizer_kind
 from poet_tokenizers.magvit2.model import MagViT2
@@ -82,3 +84,41 @@ def test_a_tokenizer_says_what_it_is_for(bundle: Bundle) -> None:
 
 def _files(directory: Path) -> dict[str, bytes]:
     return {path.name: path.read_bytes() for path in directory.iterdir()}
+
+
+def test_the_recipe_tunes_a_decoder_on_a_folder_of_clips(
+    bundle: Bundle, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    usual = bundle.generation_config
+    for number in range(5):
+        folder = tmp_path / ("held_out" if number == 4 else "clips")
+        folder.mkdir(exist_ok=True)
+        frames = np.random.default_rng(number).integers(256, size=(usual.num_frames, 40, 56, 3), dtype=np.uint8)
+        clip = Clip(frames=frames, fps=usual.fps, samples=None, sample_rate=None)
+        write_clip(clip, folder / f"{number}.mp4")
+    settings = {
+        "start_from": bundle.path / "video_tokenizer",
+        "source": tmp_path / "clips",
+        "validation_source": tmp_path / "held_out",
+        "fps": usual.fps,
+        "num_frames": usual.num_frames,
+        "height": usual.height,
+        "width": usual.width,
+        "num_steps": 30,
+        "batch_size": 2,
+        "warmup_steps": 1,
+        "ema_decay": 0.5,
+        "precision": "fp32",
+    }
+    told = [part for key, value in settings.items() for part in ("--set", f"{key}={value}")]
+    recipe = Path(__file__).parents[2] / "recipes/tokenizer_training/finetune.yaml"
+    assert main(["train", str(recipe), *told, "-o", str(tmp_path / "run"), "--json"]) == 0
+    capsys.readouterr()
+    assert len(list((tmp_path / "run/frames").glob("*.kept"))) == 2  # decoded once, of either folder
+    code, said = merge(capsys, tmp_path / "run/export", "-o", tmp_path / "new", "--model", bundle.path)
+    assert code == 0
+    assert Bundle.open(json.loads(said)["bundle"]).fingerprint == bundle.fingerprint
+    learnt = tmp_path / "clips"
+    told = ["evaluate", tmp_path / "new", "--what", "reconstruction", "--clips", learnt, "--against", bundle.path]
+    assert main([*map(str, told), "-o", str(tmp_path / "report"), "--json"]) == 0
+    assert json.loads((tmp_path / "report/report.json").read_text())["measures"]["psnr gained"] > 0.1
