@@ -9,6 +9,21 @@ from typing import Annotated, Any
 
 import typer
 
+from poet.cli.footage import (
+    BlackLevel,
+    Caption,
+    Drop,
+    DuplicateDecibels,
+    DuplicateLevel,
+    FootageOptions,
+    FrozenLevel,
+    Require,
+    ShotThreshold,
+    SilentLevel,
+    Split,
+    names_of,
+    open_footage,
+)
 from poet.cli.options import Json
 from poet.cli.output import keep_what_is_read, note, progress, show_result
 
@@ -19,8 +34,8 @@ def encode(
     source: Annotated[
         str,
         typer.Argument(
-            help="toybox:SPLIT, a folder of clips with captions in .txt files beside them, or a .jsonl or .csv with "
-            "path and caption."
+            help="toybox:SPLIT, a folder of clips with captions in .txt files beside them, a .jsonl or .csv with "
+            "path and caption, or WebDataset's .tar archives, one or a folder of them."
         ),
     ],
     output: Annotated[Path, typer.Option("-o", "--output", help="Directory of the shards; a begun one is finished.")],
@@ -30,28 +45,70 @@ def encode(
     height: Annotated[int | None, typer.Option(help="Pixels; the bundle's own when left out.")] = None,
     width: Annotated[int | None, typer.Option(help="Pixels; the bundle's own when left out.")] = None,
     shard_size: Annotated[int, typer.Option(min=1, help="Clips a file.")] = 1000,
+    caption: Caption = None,
+    require: Require = "",
+    split: Split = None,
+    shot_threshold: ShotThreshold = None,
+    drop: Drop = "",
+    black_level: BlackLevel = None,
+    frozen_level: FrozenLevel = None,
+    silent_level: SilentLevel = None,
+    duplicate_level: DuplicateLevel = None,
+    duplicate_decibels: DuplicateDecibels = None,
+    processes: Annotated[
+        int | None, typer.Option(min=0, help="That read files; as many as cores less one when left out.")
+    ] = None,
     device: Annotated[str, typer.Option(help="cpu or cuda.")] = "cpu",
     json: Json = False,
 ) -> None:
-    """Turn clips into token shards for training. The same command goes on where an earlier one was stopped."""
+    """Turn clips into token shards for training. The same command goes on where an earlier one was stopped.
+
+    Clips shall be as long as the bundle's. Long films are cut into such scenes with --split; --drop leaves out what
+    teaches nothing. What became of every file then stands in report.md beside the shards.
+    """
     from poet.bundle import Bundle, default_bundle
-    from poet.data.clips import open_source
+    from poet.data.clips import ClipSource, open_source
     from poet.data.encode import encode_source
     from poet.model.device import parse_device
 
     parse_device(device)
     bundle = Bundle.open(default_bundle() if model is None else model, require_model=False)
     size = bundle.generation_config
-    clips = open_source(
-        source,
-        count=count,
-        start=start,
-        fps=size.fps,
-        height=size.height if height is None else height,
-        width=size.width if width is None else width,
-        num_frames=size.num_frames,
-        sample_rate=bundle.vocabulary.sample_rate,
+    height, width = size.height if height is None else height, size.width if width is None else width
+    num_processes = max(0, (os.cpu_count() or 1) - 1) if processes is None else processes
+    options = FootageOptions(
+        split=split,
+        shot_threshold=shot_threshold,
+        drop=drop,
+        levels={
+            "black_level": black_level,
+            "frozen_level": frozen_level,
+            "silent_level": silent_level,
+            "duplicate_level": duplicate_level,
+            "duplicate_decibels": duplicate_decibels,
+        },
+        require=require,
+        caption=caption,
     )
+    told: dict[str, Any] = {}
+    clips: ClipSource
+    if options.asks_for_a_survey:
+        clips, told = open_footage(
+            source, output, bundle, options, (height, width), start=start, count=count, num_processes=num_processes
+        )
+    else:
+        clips = open_source(
+            source,
+            count=count,
+            start=start,
+            fps=size.fps,
+            height=height,
+            width=width,
+            num_frames=size.num_frames,
+            sample_rate=bundle.vocabulary.sample_rate,
+            caption=caption,
+            required=names_of(require),
+        )
     with progress("encoding") as advance:
         report = encode_source(
             clips,
@@ -59,7 +116,7 @@ def encode(
             output,
             shard_size=shard_size,
             device=device,
-            num_processes=max(0, (os.cpu_count() or 1) - 1),
+            num_processes=num_processes,
             progress=lambda done, total: advance(done, total, ""),
         )
     for key, reason in report.skipped:
@@ -74,6 +131,7 @@ def encode(
             "shards": report.num_shards,
             "skipped": len(report.skipped),
             "without_caption": report.num_uncaptioned,
+            **told,
             "seconds": round(report.seconds, 1),
         },
         json,

@@ -127,7 +127,7 @@ def encode_source(
             source_length=total,
             settings=settings,
         ) as writer,
-        contextlib.closing(read_ahead(source, writer.next_index, 4 * batch_size, num_processes)) as items,
+        contextlib.closing(read_ahead(source, writer.next_index, 4 * batch_size, num_processes, shard_size)) as items,
     ):
         num_resumed = writer.manifest.count
         while (start := writer.next_index) < total:

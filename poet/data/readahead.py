@@ -1,4 +1,7 @@
-"""Clips read ahead by a thread or worker processes, in their order. Imports no torch, so that workers start fast."""
+"""Clips, or what else files give, read ahead by a thread or worker processes, in their order.
+
+Imports no torch, so that workers start fast.
+"""
 
 from __future__ import annotations
 
@@ -7,14 +10,46 @@ import multiprocessing
 import os
 import threading
 from collections import deque
-from collections.abc import Callable, Generator
+from collections.abc import Callable, Generator, Iterator, Sequence
 from concurrent.futures import BrokenExecutor, Executor, Future, ProcessPoolExecutor, ThreadPoolExecutor
 from multiprocessing.process import BaseProcess
+from typing import Any, Generic, Protocol, TypeVar, runtime_checkable
 
-from poet.data.clips import CaptionedClip, ClipSource
 from poet.errors import MediaError
 
-__all__ = ["Unreadable", "read_ahead"]
+__all__ = ["InRuns", "Readable", "Unreadable", "read_ahead", "runs_of"]
+
+_Item = TypeVar("_Item")
+_Item_co = TypeVar("_Item_co", covariant=True)
+
+
+class Readable(Protocol[_Item_co]):
+    """Things by number; a `ClipSource` is one."""
+
+    @property
+    def name(self) -> str:
+        """What they are."""
+
+    def __len__(self) -> int: ...
+
+    def __getitem__(self, index: int, /) -> _Item_co:
+        """Thing `index` in [0, len).
+
+        Raises:
+            MediaError: it cannot be read; `filename` says which one.
+        """
+
+
+@runtime_checkable
+class InRuns(Protocol):
+    """A source whose neighbours are read faster together, as scenes of one film are."""
+
+    @property
+    def run_length(self) -> int:
+        """How many are read together at most."""
+
+    def read_run(self, indices: range) -> Sequence[Any]:
+        """Those of some numbers, in order; an `Unreadable` in place of what cannot be read."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -26,18 +61,20 @@ class Unreadable:
 
 
 def read_ahead(
-    source: ClipSource, start: int, lookahead: int, num_processes: int
-) -> Generator[CaptionedClip | Unreadable, None, None]:
-    """Clips from `start` on, in order. Close the generator to stop the reading.
+    source: Readable[_Item], start: int, lookahead: int, num_processes: int, stride: int | None = None
+) -> Generator[_Item | Unreadable, None, None]:
+    """Things from `start` on, in order. Close the generator to stop the reading.
 
     Args:
-        source: the clips; picklable if there are processes.
+        source: where they are read; picklable if there are processes. One that is `InRuns` is read in runs.
         start: number of the first.
-        lookahead: clips that may wait in memory.
+        lookahead: things that may wait in memory, but at least two runs for each process.
         num_processes: 0 reads in one thread of this process.
+        stride: no run crosses a multiple of it, so that what is read together does not depend on `start` where that
+            is one.
 
     Yields:
-        Every clip, or an `Unreadable` where the source raises MediaError. Other errors are raised.
+        Every thing, or an `Unreadable` where the source raises MediaError. Other errors are raised.
 
     Raises:
         MediaError: a worker process was killed, as happens where memory runs out.
@@ -47,18 +84,20 @@ def read_ahead(
         executor = ProcessPoolExecutor(
             num_processes, multiprocessing.get_context("spawn"), initializer=_start_worker, initargs=(source,)
         )
-        read: Callable[[int], CaptionedClip | Unreadable] = _read_in_worker
+        read: Callable[[range], Sequence[_Item | Unreadable]] = _read_in_worker
     else:
         executor = ThreadPoolExecutor(1, thread_name_prefix="clips")
         read = _Reading(source)
-    pending: deque[Future[CaptionedClip | Unreadable]] = deque()
+    run_length = source.run_length if isinstance(source, InRuns) else 1
+    most = max(1, lookahead // run_length, 2 * num_processes)
+    pending: deque[Future[Sequence[_Item | Unreadable]]] = deque()
     try:
-        for index in range(start, len(source)):
-            pending.append(executor.submit(read, index))
-            if len(pending) == lookahead:
-                yield pending.popleft().result()
+        for run in runs_of(range(start, len(source)), run_length, stride):
+            pending.append(executor.submit(read, run))
+            if len(pending) == most:
+                yield from pending.popleft().result()
         while pending:
-            yield pending.popleft().result()
+            yield from pending.popleft().result()
     except BrokenExecutor as error:
         raise MediaError(
             "a process that reads clips was ended from outside, mostly because memory ran out. "
@@ -68,22 +107,37 @@ def read_ahead(
         executor.shutdown(cancel_futures=True)
 
 
-@dataclasses.dataclass(frozen=True)
-class _Reading:
-    source: ClipSource
+def runs_of(indices: range, run_length: int, stride: int | None) -> Iterator[range]:
+    """Cut consecutive numbers into runs of at most `run_length`, none of which crosses a multiple of `stride`."""
+    start = indices.start
+    while start < indices.stop:
+        edge = indices.stop if stride is None else start - start % stride + stride
+        stop = min(start + run_length, edge, indices.stop)
+        yield range(start, stop)
+        start = stop
 
-    def __call__(self, index: int) -> CaptionedClip | Unreadable:
+
+@dataclasses.dataclass(frozen=True)
+class _Reading(Generic[_Item]):
+    source: Readable[_Item]
+
+    def __call__(self, indices: range) -> Sequence[_Item | Unreadable]:
+        if isinstance(self.source, InRuns):
+            return self.source.read_run(indices)
+        return [self._read(index) for index in indices]
+
+    def _read(self, index: int) -> _Item | Unreadable:
         try:
             return self.source[index]
         except MediaError as error:
             return Unreadable(str(error.filename or f"{self.source.name}[{index}]"), str(error))
 
 
-_worker: list[_Reading] = []
+_worker: list[_Reading[Any]] = []
 """What a worker process reads, once it has been started."""
 
 
-def _start_worker(source: ClipSource) -> None:
+def _start_worker(source: Readable[Any]) -> None:
     _worker[:] = [_Reading(source)]
     parent = multiprocessing.parent_process()
     if parent is not None:
@@ -96,5 +150,5 @@ def _leave_after(parent: BaseProcess) -> None:
     os._exit(1)
 
 
-def _read_in_worker(index: int) -> CaptionedClip | Unreadable:
-    return _worker[0](index)
+def _read_in_worker(indices: range) -> Sequence[Any]:
+    return _worker[0](indices)

@@ -30,7 +30,7 @@ from numpy.typing import NDArray
 from poet.data.manifest import MANIFEST_NAME, Manifest, Shard, compare_fingerprints, sha256_of
 from poet.errors import CheckpointError, ConfigError, ShapeError
 
-__all__ = ["EncodedClip", "ShardReader", "ShardWriter", "count_uncaptioned", "open_shards"]
+__all__ = ["EncodedClip", "ShardReader", "ShardWriter", "count_uncaptioned", "lock_directory", "open_shards"]
 
 _LOCK_NAME: Final = ".lock"
 _SHARD_FILE: Final = re.compile(r"shard-\d{6}\.parquet(\.part)?|manifest\.json\.part")
@@ -122,7 +122,7 @@ class ShardWriter:
         self._made = [path for path in (self.directory, *self.directory.parents) if not path.exists()]
         try:
             self.directory.mkdir(parents=True, exist_ok=True)
-            self._lock = self._take_lock()
+            self._lock = lock_directory(self.directory)
         except OSError as error:
             raise CheckpointError(
                 f"{self.directory} cannot be written: {error.strerror}. Choose another directory for the shards."
@@ -132,17 +132,6 @@ class ShardWriter:
         except BaseException:
             self._lock.close()
             raise
-
-    def _take_lock(self) -> BinaryIO:
-        lock = (self.directory / _LOCK_NAME).open("ab")
-        try:
-            fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except BlockingIOError as error:
-            lock.close()
-            raise CheckpointError(
-                f"{self.directory} is being written by another process. Wait for it, or choose another directory."
-            ) from error
-        return lock
 
     def _begin(self, wanted: Manifest) -> Manifest:
         leftovers = {path.name for path in self.directory.iterdir() if _SHARD_FILE.fullmatch(path.name)}
@@ -241,6 +230,24 @@ class ShardWriter:
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
         self.close()
+
+
+def lock_directory(directory: Path) -> BinaryIO:
+    """Keep other processes from writing into a directory until the file that is returned is closed.
+
+    Raises:
+        CheckpointError: another process writes there.
+        OSError: the directory cannot be written.
+    """
+    lock = (directory / _LOCK_NAME).open("ab")
+    try:
+        fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except BlockingIOError as error:
+        lock.close()
+        raise CheckpointError(
+            f"{directory} is being written by another process. Wait for it, or choose another directory."
+        ) from error
+    return lock
 
 
 class ShardReader:

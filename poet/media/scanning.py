@@ -3,7 +3,7 @@
 For files that are longer than a clip may be. Legend: H x W pixels, S samples.
 """
 
-from collections.abc import Iterator
+from collections.abc import Generator
 from dataclasses import dataclass
 from fractions import Fraction
 
@@ -57,7 +57,7 @@ class HeardSound:
 
 def scan_media(
     path: MediaPath, *, height: int, width: int, sample_rate: int, duration: Fraction | None = None
-) -> Iterator[SeenPicture | HeardSound]:
+) -> Generator[SeenPicture | HeardSound, None, None]:
     """Go through a file once. Close the iterator to stop before the end.
 
     Args:
