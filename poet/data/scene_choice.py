@@ -126,8 +126,9 @@ def choose_scenes(files: Sequence[FileFacts], settings: DropSettings) -> Choice:
         if file.problem is not None:
             unusable[number] = file.problem
         elif missing:
-            unusable[number] = f"{file.key}: has no {' and no '.join(sorted(missing))}, which is required. "
-                "Add it, or ask for less."
+            unusable[number] = (
+                f"{file.key}: has no {' and no '.join(sorted(missing))}, which is required. Add it, or ask for less."
+            )
         else:
             for scene in file.scenes:
                 kept = ChosenScene(number, scene.start, caption)
