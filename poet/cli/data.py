@@ -26,6 +26,7 @@ from poet.cli.footage import (
 )
 from poet.cli.options import Json
 from poet.cli.output import keep_what_is_read, note, progress, show_result
+from poet.errors import ConfigError
 
 __all__ = ["encode", "reconstruct"]
 
@@ -58,6 +59,15 @@ def encode(
     processes: Annotated[
         int | None, typer.Option(min=0, help="That read files; as many as cores less one when left out.")
     ] = None,
+    ray: Annotated[
+        str | None,
+        typer.Option(
+            metavar="ADDRESS",
+            help="Look through and encode on the machines of a Ray cluster: auto, HOST:PORT, or local. They need Poet, "
+            "the bundle and the files at the same paths.",
+        ),
+    ] = None,
+    ray_cpus: Annotated[int, typer.Option(min=1, help="Cores that a task of --ray takes.")] = 1,
     device: Annotated[str, typer.Option(help="cpu or cuda.")] = "cpu",
     json: Json = False,
 ) -> None:
@@ -71,6 +81,8 @@ def encode(
     from poet.data.encode import encode_source
     from poet.model.device import parse_device
 
+    if ray is not None and device != "cpu":
+        raise ConfigError(f"--ray encodes on CPUs, got --device {device}. Leave one of them out.")
     parse_device(device)
     bundle = Bundle.open(default_bundle() if model is None else model, require_model=False)
     size = bundle.generation_config
@@ -90,11 +102,24 @@ def encode(
         require=require,
         caption=caption,
     )
+    tasks = None
+    if ray is not None:
+        from poet.data.ray_tasks import RayTasks
+
+        tasks = RayTasks(address=ray, num_cpus=ray_cpus)
     told: dict[str, Any] = {}
     clips: ClipSource
     if options.asks_for_a_survey:
         clips, told = open_footage(
-            source, output, bundle, options, (height, width), start=start, count=count, num_processes=num_processes
+            source,
+            output,
+            bundle,
+            options,
+            (height, width),
+            start=start,
+            count=count,
+            num_processes=num_processes,
+            survey=None if tasks is None else tasks.survey,
         )
     else:
         clips = open_source(
@@ -118,6 +143,7 @@ def encode(
             device=device,
             num_processes=num_processes,
             progress=lambda done, total: advance(done, total, ""),
+            elsewhere=None if tasks is None else tasks.encoding(bundle.path, bundle.fingerprint),
         )
     for key, reason in report.skipped:
         note(f"skipped {key}: {reason}")

@@ -12,7 +12,7 @@ from __future__ import annotations
 import contextlib
 import dataclasses
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Generator, Iterator, Sequence
 from pathlib import Path
 from typing import Protocol
 
@@ -30,7 +30,15 @@ from poet.model.device import parse_device
 from poet.tasks import ClipGeometry
 from poet_tokenizers.base import AudioTokenizer, VideoTokenizer
 
-__all__ = ["EncodeReport", "TokenizerSet", "Tokenizers", "encode_source"]
+__all__ = [
+    "EncodeReport",
+    "EncodedRange",
+    "RangeEncoder",
+    "RangeMap",
+    "TokenizerSet",
+    "Tokenizers",
+    "encode_source",
+]
 
 
 class Tokenizers(Protocol):
@@ -79,6 +87,23 @@ class EncodeReport:
     seconds: float
 
 
+@dataclasses.dataclass(frozen=True, kw_only=True, eq=False)
+class EncodedRange:
+    """What one file will hold.
+
+    Attributes:
+        clips: in the source's order.
+        skipped: (key, reason) of the clips of the range that could not be read.
+    """
+
+    clips: tuple[EncodedClip, ...]
+    skipped: tuple[tuple[str, str], ...]
+
+
+RangeMap = Callable[[ClipSource, Sequence[range], int], Generator[EncodedRange, None, None]]
+"""Encodes ranges of a source in batches of a size; the results come in the order of the ranges."""
+
+
 def encode_source(
     source: ClipSource,
     tokenizers: Tokenizers,
@@ -89,6 +114,7 @@ def encode_source(
     progress: Callable[[int, int], None] | None = None,
     device: str | torch.device = "cpu",
     num_processes: int = 0,
+    elsewhere: RangeMap | None = None,
 ) -> EncodeReport:
     """Encode a source into a directory of token shards, or finish a directory that was begun.
 
@@ -102,6 +128,7 @@ def encode_source(
         device: where the tokenizers work.
         num_processes: that read clips; 0 reads in one thread of this process, which is enough while encoding a clip
             takes as long as reading it.
+        elsewhere: reads and encodes whole ranges in other places; this process only writes them down.
 
     Raises:
         MediaError: not one clip of the source can be read; nothing is left behind then.
@@ -115,7 +142,7 @@ def encode_source(
             "shard_size and batch_size must be at least 1 and num_processes at least 0, got "
             f"{shard_size}, {batch_size} and {num_processes}."
         )
-    encoder = _Encoder(tokenizers, parse_device(device), batch_size)
+    encoder = RangeEncoder(tokenizers, device, batch_size)
     settings = {"shard_size": shard_size, "batch_size": batch_size}
     settings |= {"video": int(encoder.video is not None), "audio": int(encoder.audio is not None)}
     total = len(source)
@@ -127,23 +154,24 @@ def encode_source(
             source_length=total,
             settings=settings,
         ) as writer,
-        contextlib.closing(read_ahead(source, writer.next_index, 4 * batch_size, num_processes, shard_size)) as items,
+        contextlib.ExitStack() as stack,
     ):
-        num_resumed = writer.manifest.count
-        while (start := writer.next_index) < total:
-            stop = min(start + shard_size, total)
-            clips: dict[int, EncodedClip] = {}
-            skipped: dict[int, tuple[str, str]] = {}
-            for index, item in zip(range(start, stop), items, strict=False):
-                reason = item if isinstance(item, Unreadable) else encoder.add(index, item, clips)
-                if reason is not None:
-                    skipped[index] = (reason.key, reason.reason)
-                if progress is not None:
-                    progress(start + len(clips) + len(skipped), total)
-            encoder.flush(clips)
-            writer.write([clips[i] for i in sorted(clips)], stop, [skipped[i] for i in sorted(skipped)])
+        num_resumed, begun = writer.manifest.count, writer.next_index
+        ranges = [range(start, min(start + shard_size, total)) for start in range(begun, total, shard_size)]
+
+        def tell(done: int) -> None:
             if progress is not None:
-                progress(stop, total)
+                progress(done, total)
+
+        if elsewhere is not None and ranges:
+            encoded = stack.enter_context(contextlib.closing(elsewhere(source, ranges, batch_size)))
+        else:
+            items = read_ahead(source, begun, 4 * batch_size, num_processes, shard_size)
+            stack.enter_context(contextlib.closing(items))
+            encoded = (encoder.encode(one, items, tell) for one in ranges)
+        for indices, made in zip(ranges, encoded, strict=True):
+            writer.write(made.clips, indices.stop, made.skipped)
+            tell(indices.stop)
         manifest = writer.manifest
         if not manifest.count:
             writer.discard()
@@ -168,10 +196,20 @@ def _reasons(skipped: Sequence[tuple[str, str]]) -> str:
     return "; ".join([*(f"{key}: {reason}" for key, reason in skipped[:3]), *more])
 
 
-class _Encoder:
-    """Collects clips of equal shape and encodes them in batches."""
+class RangeEncoder:
+    """Collects clips of equal shape and encodes them in batches.
 
-    def __init__(self, tokenizers: Tokenizers, device: torch.device, batch_size: int) -> None:
+    Args:
+        tokenizers: they are moved to `device` if they are torch modules.
+        device: where they work.
+        batch_size: clips of equal shape that are encoded together.
+
+    Raises:
+        ConfigError: there is no tokenizer, or no such device.
+    """
+
+    def __init__(self, tokenizers: Tokenizers, device: str | torch.device, batch_size: int) -> None:
+        device = parse_device(device)
         self.video, self.audio = tokenizers.video_tokenizer, tokenizers.audio_tokenizer
         if self.video is None and self.audio is None:
             raise ConfigError("there must be a video or an audio tokenizer to encode with, got neither.")
@@ -183,7 +221,34 @@ class _Encoder:
         self._batch_size = batch_size
         self._waiting: dict[object, list[tuple[int, CaptionedClip, Clip]]] = {}
 
-    def add(self, index: int, item: CaptionedClip, done: dict[int, EncodedClip]) -> Unreadable | None:
+    def encode(
+        self, indices: range, items: Iterator[CaptionedClip | Unreadable], tell: Callable[[int], None] | None = None
+    ) -> EncodedRange:
+        """Encode the clips of a range.
+
+        Args:
+            indices: the range.
+            items: its clips are taken from here, in order; no more.
+            tell: called with the number that is done, from the source's beginning.
+
+        Raises:
+            ConfigError: clips at another sample rate than the tokenizer's.
+        """
+        clips: dict[int, EncodedClip] = {}
+        skipped: dict[int, tuple[str, str]] = {}
+        for index in indices:
+            item = next(items)
+            reason = item if isinstance(item, Unreadable) else self._add(index, item, clips)
+            if reason is not None:
+                skipped[index] = (reason.key, reason.reason)
+            if tell is not None:
+                tell(indices.start + len(clips) + len(skipped))
+        self._flush(clips)
+        return EncodedRange(
+            clips=tuple(clips[i] for i in sorted(clips)), skipped=tuple(skipped[i] for i in sorted(skipped))
+        )
+
+    def _add(self, index: int, item: CaptionedClip, done: dict[int, EncodedClip]) -> Unreadable | None:
         """Take a clip in; encode its batch into `done` when it is full. Returns why not, if it does not fit."""
         try:
             clip = self._fit(item.clip)
@@ -196,7 +261,7 @@ class _Encoder:
             done.update(self._encode(self._waiting.pop(shape)))
         return None
 
-    def flush(self, done: dict[int, EncodedClip]) -> None:
+    def _flush(self, done: dict[int, EncodedClip]) -> None:
         """Encode what is left."""
         for batch in self._waiting.values():
             done.update(self._encode(batch))

@@ -99,7 +99,7 @@ def survey_footage(
         missing = [one for one in listed if not journal.knows(one)]
         surveys = FileSurveys(missing, settings)
         num_known = len(listed) - len(missing)
-        found = survey(surveys) if survey is not None else read_ahead(surveys, 0, 2, num_processes)
+        found = survey(surveys) if survey is not None and missing else read_ahead(surveys, 0, 2, num_processes)
         with contextlib.closing(found) as items:
             for done, facts in enumerate(items, start=num_known + 1):
                 if isinstance(facts, Unreadable):

@@ -61,7 +61,12 @@ class Unreadable:
 
 
 def read_ahead(
-    source: Readable[_Item], start: int, lookahead: int, num_processes: int, stride: int | None = None
+    source: Readable[_Item],
+    start: int,
+    lookahead: int,
+    num_processes: int,
+    stride: int | None = None,
+    stop: int | None = None,
 ) -> Generator[_Item | Unreadable, None, None]:
     """Things from `start` on, in order. Close the generator to stop the reading.
 
@@ -72,6 +77,7 @@ def read_ahead(
         num_processes: 0 reads in one thread of this process.
         stride: no run crosses a multiple of it, so that what is read together does not depend on `start` where that
             is one.
+        stop: number behind the last; None reads all.
 
     Yields:
         Every thing, or an `Unreadable` where the source raises MediaError. Other errors are raised.
@@ -92,7 +98,7 @@ def read_ahead(
     most = max(1, lookahead // run_length, 2 * num_processes)
     pending: deque[Future[Sequence[_Item | Unreadable]]] = deque()
     try:
-        for run in runs_of(range(start, len(source)), run_length, stride):
+        for run in runs_of(range(start, len(source) if stop is None else stop), run_length, stride):
             pending.append(executor.submit(read, run))
             if len(pending) == most:
                 yield from pending.popleft().result()

@@ -22,6 +22,7 @@ from pathlib import Path
 from typing import Any, Final
 
 from poet.bundle import Bundle, default_bundle
+from poet.data.ray_cluster import connected, import_ray, listening, reason_behind
 from poet.errors import CheckpointError, ConfigError, MediaError, PoetError
 from poet.generation.engine import load_engine
 from poet.generation.pipeline import GeneratedClip, Pipeline, PreparedClip
@@ -38,7 +39,6 @@ from poet_serving.batch import (
     request_error,
     result_body,
 )
-from poet_serving.ray_cluster import connected, import_ray, listening, reason_behind
 from poet_serving.schema import RequestError, VideoBody
 
 __all__ = ["BlockWriter", "EngineStart", "run_ray_batch"]

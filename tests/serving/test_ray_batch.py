@@ -28,13 +28,14 @@ os.environ.setdefault("RAY_BACKEND_LOG_LEVEL", "fatal")
 
 from poet.bundle import Bundle
 from poet.cli.main import main
+from poet.data import ray_cluster
 from poet.errors import CheckpointError, ConfigError, PoetError
 from poet.generation.engine import TorchEngine
 from poet.generation.pipeline import Pipeline
 from poet.media import Clip, read_clip, write_clip
 from poet.model.lora import read_adapter
 from poet.testing import save_adapter, tiny_bundle
-from poet_serving import ray_batch, ray_cluster
+from poet_serving import ray_batch
 from poet_serving.batch import BatchSummary, run_batch
 from poet_serving.ray_batch import BlockWriter, EngineStart, run_ray_batch
 

@@ -37,7 +37,7 @@ def import_ray() -> Any:
         import ray.data.exceptions
     except ImportError as error:
         raise ConfigError(
-            f"a batch on many machines needs Ray, which cannot be imported ({error}). Install openpoet[distributed], "
+            f"work on many machines needs Ray, which cannot be imported ({error}). Install openpoet[distributed], "
             "here and on every machine."
         ) from error
     return ray
@@ -78,8 +78,8 @@ def _check_reachable(address: str) -> None:
         address = os.environ.get("RAY_ADDRESS") or address
     if address.startswith("ray://"):
         raise ConfigError(
-            f"the Ray cluster must be named by HOST:PORT or auto, got {address}: Ray Data does not run through Ray "
-            "Client. Run the command on a machine of the cluster, with --ray auto."
+            f"the Ray cluster must be named by HOST:PORT or auto, got {address}: Poet's work does not run through "
+            "Ray Client. Run the command on a machine of the cluster, with --ray auto."
         )
     if address != "auto":
         parts = urllib.parse.urlsplit(f"//{address}")
