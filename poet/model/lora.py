@@ -54,6 +54,7 @@ _PLAIN: Final[dict[str, tuple[Any, ...]]] = {
     "bias": ("none",),
     "lora_bias": (False, None),
     "modules_to_save": (None, []),
+    "trainable_token_indices": (None, []),
     "rank_pattern": ({}, None),
     "alpha_pattern": ({}, None),
     "layer_replication": (None, []),
@@ -249,16 +250,25 @@ def _parse(file: Path, raw: bytes) -> dict[str, Any]:
     except ValueError as error:
         raise CheckpointError(f"{file} cannot be read: {error}. Copy the adapter whole.") from error
     if not isinstance(content, dict) or content.get("peft_type") != "LORA":
-        raise ConfigError(f"{file} must be PEFT's description of a LoRA adapter (peft_type LORA), it is not.")
+        kind = content.get("peft_type") if isinstance(content, dict) else None
+        raise ConfigError(
+            f"{file} must be PEFT's description of a LoRA adapter (peft_type LORA), it is of {kind!r}. An adapter of "
+            "another kind can be made into a bundle with poet merge."
+        )
     return content
+
+
+def _short(value: object) -> str:
+    text = repr(value)
+    return text if len(text) <= 40 else f"{text[:40]}..."
 
 
 def _rank_and_scale(file: Path, content: Mapping[str, Any]) -> tuple[int, float]:
     for key, off in {**_PLAIN, "init_lora_weights": _PLAIN_BEGINNINGS}.items():
         if content.get(key, off[0]) not in off:
             raise ConfigError(
-                f"{file} must describe plain LoRA or rsLoRA, it has {key} {content[key]!r}: vLLM cannot add such a "
-                "change to a batch. Train without it."
+                f"{file} must describe plain LoRA or rsLoRA, it has {key} {_short(content[key])}: vLLM cannot add such "
+                "a change to a batch. Train without it, or make a bundle of it with poet merge."
             )
     if not content.get("target_modules"):
         raise ConfigError(f"{file} must name its target_modules, it does not. Save the adapter with PEFT again.")

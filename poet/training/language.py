@@ -65,7 +65,13 @@ class ModelSize:
     scene_length: int = 768
     max_position_embeddings: int = 24_576
     rope_theta: float = 10_000.0
+    norm_eps: float = 1e-6
     tie_embeddings: bool = True
+
+    @classmethod
+    def of(cls, config: PoetConfig) -> ModelSize:
+        """The sizes of a model."""
+        return cls(**{field.name: getattr(config, field.name) for field in dataclasses.fields(cls)})
 
     def to_config(self, vocab_size: int) -> PoetConfig:
         """The transformer's config for a vocabulary of `vocab_size` ids (padded)."""
@@ -94,7 +100,7 @@ class LanguageRecipe:
         shards: token shards to learn from.
         validation_shards: token shards to measure on.
         start_from: a bundle whose weights to begin with; null starts from random weights.
-        model: sizes.
+        model: sizes; those that a recipe file does not name are those of `start_from`, if there is one.
         tasks: task name to weight.
         phases: other tasks for the beginning, such as mostly images for the first quarter (VideoPoet, section 4); after
             the last of them come `tasks`.

@@ -1,9 +1,11 @@
 """Training LoRA adapters with PEFT: a bundle learns something new from a folder of clips, its own weights untouched.
 
-What is learnt is a pair of thin matrices beside each matrix of attention and MLP, written in PEFT's own files. Some
-steps look at clips that the bundle knows already (the *prior*), so that it forgets nothing meanwhile.
+What is learnt is a pair of thin matrices beside each matrix of attention and MLP, and on request the embedding's rows
+of all that is not text, written in PEFT's own files. Some steps look at clips that the bundle knows already (the
+*prior*), so that it forgets nothing meanwhile.
 
-This file knows recipes, clips and steps; what adapters look like in files is `poet.model.lora`'s.
+This file knows clips and steps; recipes are `poet.training.lora_recipe`'s business, what adapters look like in files is
+`poet.model.lora`'s.
 
 Legend: B scenes of a step, P places that are targets.
 
@@ -13,175 +15,54 @@ Source: Hu et al., arXiv:2106.09685; the prior after DreamBooth's prior preserva
 from __future__ import annotations
 
 import copy
-import dataclasses
 import functools
 import resource
 import shutil
 import time
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
-from typing import Any, Final, Literal
+from typing import Any, Final
 
 import numpy as np
 import torch
-from peft import LoraConfig, PeftConfig, get_peft_model_state_dict, inject_adapter_in_model, set_peft_model_state_dict
+from peft import (
+    LoraConfig,
+    PeftConfig,
+    TrainableTokensConfig,
+    get_peft_model_state_dict,
+    inject_adapter_in_model,
+    set_peft_model_state_dict,
+)
 from peft.tuners.lora import LoraLayer
+from peft.tuners.trainable_tokens import TrainableTokensLayer
 from safetensors import SafetensorError
-from safetensors.torch import load_file, save_file
+from safetensors.torch import load_file
 from torch import Tensor, nn
 
-from poet.bundle import WEIGHTS_FILE, Bundle, default_bundle
+from poet.bundle import Bundle, default_bundle
 from poet.bundle_writing import export_bundle
 from poet.data.clips import open_source
 from poet.data.encode import encode_source
 from poet.data.loader import Batch, ClipRows, SceneLoader
-from poet.data.packing import DEFAULT_MASKS, MODALITIES, SceneSampler
+from poet.data.manifest import MANIFEST_NAME
+from poet.data.packing import MODALITIES, SceneSampler
 from poet.data.shards import EncodedClip, open_shards
 from poet.errors import CheckpointError, ConfigError
 from poet.model.config import PoetConfig
 from poet.model.lora import FINGERPRINT_KEY, adapter_metadata, write_adapter
+from poet.model.tensor_files import TensorFiles, write_tensors
 from poet.model.transformer import PoetTransformer
 from poet.model.weights import load_transformer
 from poet.training.language import rows_of, scene_losses
 from poet.training.loop import cosine_schedule, writing
+from poet.training.lora_recipe import LoraData, LoraRecipe, LoraShape
 from poet.training.losses import backward_from_targets, modality_means, target_losses
 from poet.training.replicas import Replicas
 
 __all__ = ["LoraData", "LoraRecipe", "LoraShape", "LoraTraining", "load_adapted", "merged_weights", "write_merged"]
 
-TARGETS: Final = ("q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj")
 PREFIX: Final = "base_model.model."
 """Before the names of matrices in PEFT's files."""
-
-
-@dataclasses.dataclass(frozen=True, kw_only=True)
-class LoraData:
-    """What is learnt from.
-
-    Attributes:
-        clips: a source as `poet encode` takes it: a folder of clips with captions beside them, a manifest, or one that
-            is drawn.
-        count: clips to take at most; null: all.
-        start: number of the first.
-        held_out: share of the clips that is not learnt from, to measure on; every n-th.
-        prior: a source of clips that the bundle knows, or null.
-        prior_count: clips to take of it at most.
-        prior_start: number of the first.
-    """
-
-    clips: str
-    count: int | None = None
-    start: int = 0
-    held_out: float = 0.1
-    prior: str | None = None
-    prior_count: int = 240
-    prior_start: int = 0
-
-    def __post_init__(self) -> None:
-        if not 0 < self.held_out < 1:
-            raise ConfigError(f"held_out must be a share of the clips between 0 and 1, got {self.held_out!r}.")
-
-
-@dataclasses.dataclass(frozen=True, kw_only=True)
-class LoraShape:
-    """What the adapter is, in PEFT's terms.
-
-    Attributes:
-        rank: of the pairs of matrices.
-        alpha: their product is multiplied by alpha / rank, or alpha / sqrt(rank) with `use_rslora`.
-        dropout: share of what goes into the first matrix that is dropped while training.
-        target_modules: which matrices, of `TARGETS`.
-        use_rslora: arXiv:2312.03732.
-        use_dora: arXiv:2402.09353; such an adapter can be merged, but not served beside others.
-    """
-
-    rank: int = 8
-    alpha: float = 16.0
-    dropout: float = 0.0
-    target_modules: tuple[str, ...] = TARGETS
-    use_rslora: bool = False
-    use_dora: bool = False
-
-    def __post_init__(self) -> None:
-        if self.rank < 1 or not self.alpha > 0 or not 0 <= self.dropout < 1:
-            raise ConfigError(
-                "lora must have rank >= 1, alpha > 0 and dropout in [0, 1), got "
-                f"{self.rank!r}, {self.alpha!r}, {self.dropout!r}."
-            )
-        unknown = sorted(set(self.target_modules) - set(TARGETS))
-        if unknown or not self.target_modules:
-            raise ConfigError(f"lora.target_modules must be of {', '.join(TARGETS)}, got {unknown or 'none'}.")
-
-    def to_peft(self) -> LoraConfig:
-        """PEFT's configuration."""
-        return LoraConfig(
-            r=self.rank,
-            lora_alpha=self.alpha,
-            lora_dropout=self.dropout,
-            target_modules=list(self.target_modules),
-            use_rslora=self.use_rslora,
-            use_dora=self.use_dora,
-            task_type="CAUSAL_LM",
-        )
-
-
-@dataclasses.dataclass(frozen=True, kw_only=True)
-class LoraRecipe:
-    """How to train an adapter.
-
-    Attributes:
-        data: what is learnt from.
-        bundle: whose model learns; null: the shipped one.
-        lora: what the adapter is.
-        prior_share: share of the steps that look at the prior.
-        tasks: task name to weight.
-        text_dropout: share of scenes whose text is replaced by <null>.
-        optional_share: share of scenes in which an input that the task may do without is given.
-        parallel_share: share of scenes learnt as ones that are written many ids at once.
-        masks: weights of the ways to hide, kinds of `poet.data.masking.MASK_KINDS`.
-        num_steps: optimiser steps at most.
-        batch_size: scenes a step.
-        learning_rate: highest; a linear warm-up, then a cosine down to `learning_rate_floor` of it.
-        warmup_steps: of the linear rise.
-        learning_rate_floor: share that is left at the end.
-        weight_decay: of the adapter's matrices.
-        gradient_clip: largest norm of the gradient.
-        patience: validations without a better one after which the run ends; 0 goes on to the last step.
-        precision: "bf16" (autocast) or "fp32".
-        seed: of the adapter's beginning and of the order.
-    """
-
-    data: LoraData
-    bundle: Path | None = None
-    lora: LoraShape = dataclasses.field(default_factory=LoraShape)
-    prior_share: float = 0.3
-    tasks: dict[str, float] = dataclasses.field(default_factory=lambda: {"text_to_video_audio": 1.0})
-    text_dropout: float = 0.1
-    optional_share: float = 0.5
-    parallel_share: float = 0.3
-    masks: dict[str, float] = dataclasses.field(default_factory=lambda: dict(DEFAULT_MASKS))
-    num_steps: int = 300
-    batch_size: int = 12
-    learning_rate: float = 2e-3
-    warmup_steps: int = 20
-    learning_rate_floor: float = 0.05
-    weight_decay: float = 0.0
-    gradient_clip: float = 1.0
-    patience: int = 0
-    precision: Literal["bf16", "fp32"] = "bf16"
-    seed: int = 0
-
-    def __post_init__(self) -> None:
-        for name in ("num_steps", "batch_size", "learning_rate"):
-            if not getattr(self, name) > 0:
-                raise ConfigError(f"{name} must be positive, got {getattr(self, name)!r}.")
-        if self.patience < 0 or not 0 <= self.prior_share < 1:
-            raise ConfigError(
-                "patience must not be negative and prior_share in [0, 1), got "
-                f"{self.patience!r} and {self.prior_share!r}."
-            )
-        if self.prior_share > 0 and self.data.prior is None:
-            raise ConfigError("prior_share needs data.prior, clips that the bundle knows: name them, or set it to 0.")
 
 
 class LoraTraining:
@@ -229,7 +110,7 @@ class LoraTraining:
             self.prior = self._loader(_Rows(known, [row for row in range(len(known)) if row % 10]), recipe.text_dropout)
             self.prior_validation = self._loader(_Rows(known, list(range(0, len(known), 10))), 0.0)
         torch.manual_seed(recipe.seed)
-        self.model = load_adapted(self.bundle.path, recipe.lora).to(self.device)
+        self.model = load_adapted(self.bundle, recipe.lora).to(self.device)
         self.weights = [weight for weight in self.model.parameters() if weight.requires_grad]
         self.optimizer = torch.optim.AdamW(
             self.weights, lr=recipe.learning_rate, betas=(0.9, 0.98), weight_decay=recipe.weight_decay
@@ -311,7 +192,7 @@ class LoraTraining:
 
     def export(self, directory: Path) -> None:
         """Write the adapter with the lowest loss on held-out clips in PEFT's files."""
-        config = self.recipe.lora.to_peft().to_dict()
+        config = peft_config(self.recipe.lora, self.bundle).to_dict()
         best = self._best or self._adapter()
         tensors = {PREFIX + name: tensor for name, tensor in best.items()}
         write_adapter(directory, config, tensors, self.bundle.fingerprint)
@@ -356,6 +237,11 @@ class LoraTraining:
     def _encode(
         self, name: str, start: int, count: int | None, directory: Path, say: Callable[[str], None]
     ) -> ClipRows:
+        if (Path(name) / MANIFEST_NAME).is_file():
+            rows = open_shards(Path(name), self.bundle.fingerprint)
+            found = range(len(rows))[start:][:count]
+            say(f"{name}: {len(found)} clips, encoded already")
+            return _Rows(rows, found)
         size = self.bundle.generation_config
         opened = functools.partial(
             open_source,
@@ -427,10 +313,40 @@ class _Rows:
         return self._clips[self._rows[row]]
 
 
-def load_adapted(bundle_dir: Path, shape: LoraShape) -> PoetTransformer:
+def peft_config(shape: LoraShape, bundle: Bundle) -> PeftConfig:
+    """PEFT's configuration of an adapter of a bundle's model."""
+    rows = list(range(bundle.vocabulary.text_range[0])) if shape.new_rows else []
+    matrices = ["embed_tokens"] if bundle.model_config.tie_embeddings else ["embed_tokens", "lm_head"]
+    if not shape.target_modules:
+        return TrainableTokensConfig(token_indices=rows, target_modules=matrices, task_type="CAUSAL_LM")
+    return LoraConfig(
+        r=shape.rank,
+        lora_alpha=shape.alpha,
+        lora_dropout=shape.dropout,
+        target_modules=list(shape.target_modules),
+        use_rslora=shape.use_rslora,
+        use_dora=shape.use_dora,
+        trainable_token_indices=dict.fromkeys(matrices, rows) if shape.new_rows else None,
+        task_type="CAUSAL_LM",
+    )
+
+
+class _TrainedRows(TrainableTokensLayer):  # type: ignore[misc]
+    """PEFT's layer of trained rows, whose `weight` holds them: the head is read as a matrix, not called."""
+
+    @property
+    def weight(self) -> Tensor:
+        """(V, C): the frozen rows and the trained ones."""
+        return self.get_merged_weights(self.active_adapters)
+
+
+def load_adapted(bundle: Bundle, shape: LoraShape) -> PoetTransformer:
     """A bundle's model with a new adapter beside its weights, which are frozen; in float32."""
-    model = load_transformer(bundle_dir)
-    inject_adapter_in_model(shape.to_peft(), model)
+    model = load_transformer(bundle.path)
+    inject_adapter_in_model(peft_config(shape, bundle), model)
+    for module in model.modules():
+        if type(module) is TrainableTokensLayer:
+            module.__class__ = _TrainedRows
     return model
 
 
@@ -452,15 +368,16 @@ def merged_weights(bundle_dir: Path, config: PoetConfig, adapter_dir: Path) -> d
     except (OSError, ValueError, SafetensorError) as error:
         raise CheckpointError(f"{adapter_dir} cannot be read as an adapter: {error}. Copy it whole.") from error
     _load(model, {name.removeprefix(PREFIX): tensor for name, tensor in tensors.items()})
-    weights = {}
     for module in model.modules():
-        if isinstance(module, LoraLayer):
+        if isinstance(module, (LoraLayer, TrainableTokensLayer)):
             module.merge()
-    plain = PoetTransformer(config).state_dict()
-    merged = {name.replace(".base_layer.", "."): tensor for name, tensor in model.state_dict().items()}
-    for name in plain:
-        weights[name] = merged[name].detach().clone()
-    return weights
+    with torch.device("meta"):
+        names = list(PoetTransformer(config).state_dict())
+    merged = {
+        name.replace(".token_adapter.", ".").replace(".base_layer.", "."): tensor
+        for name, tensor in model.state_dict().items()
+    }
+    return {name: merged[name].detach() for name in names}
 
 
 def write_merged(
@@ -489,15 +406,16 @@ def write_merged(
                 f"{adapter_dir} belongs to the vocabulary with the fingerprint {found[:12]}, {bundle.path} has "
                 f"{bundle.fingerprint[:12]}. Take the bundle that the adapter was trained on."
             )
-        merged = merged_weights(bundle.path, bundle.model_config, adapter_dir)
-        stored = load_file(bundle.path / WEIGHTS_FILE)
-        weights = {name: merged[name].to(tensor.dtype).contiguous() for name, tensor in stored.items()}
+        weights = merged_weights(bundle.path, bundle.model_config, adapter_dir)
+    stored = TensorFiles(bundle.path).facts
 
     def write(path: Path) -> None:
         if weights is None:
-            shutil.copyfile(bundle.path / WEIGHTS_FILE, path)
+            for file in {bundle.weights, *(facts.file for facts in stored.values())}:
+                shutil.copyfile(file, path.with_name(file.name))
         else:
-            save_file(weights, path, metadata={"format": "pt"})
+            sizes = {name: facts.num_bytes for name, facts in stored.items()}
+            write_tensors(path, sizes, lambda name: weights[name].to(stored[name].dtype))
 
     names = " and ".join(f"{path.parent.name}/{path.name}" for path in parts)
     card = f"The bundle {bundle.name} with {names} merged into it.\n"

@@ -26,7 +26,7 @@ from poet.model.device import parse_device
 from poet.training.audio_tokenizer import AudioTokenizerRecipe, AudioTokenizerTraining
 from poet.training.config import build, read_recipe, to_plain, write_recipe
 from poet.training.kept_frames import KeptFrames
-from poet.training.language import LanguageRecipe, LanguageRun, LanguageTraining, check_trainable
+from poet.training.language import LanguageRecipe, LanguageRun, LanguageTraining, ModelSize, check_trainable
 from poet.training.launch import LAUNCHER
 from poet.training.loop import ONE_FILE, FitResult, LoopConfig, Progress, Trainable, fit, writing
 from poet.training.plan import make_plan
@@ -136,7 +136,7 @@ def _train(
     if launched:
         if launcher := os.environ.get(LAUNCHER):
             follow_parent(int(launcher), signal.SIGTERM)  # which saves and ends; nobody else is left to stop it
-        language = build(LanguageRecipe, values)
+        language = _build_language(values)
         if os.environ.get("RANK", "0") == "0":
             _keep_recipe(kind, language, directory)
         loop = LoopConfig(num_steps=language.num_steps, **dataclasses.asdict(options))
@@ -173,7 +173,7 @@ def check_parallel(recipe: Path, overrides: Sequence[str], *, device: str, proce
     if (kind := values.pop("train", None)) != "language":
         raise ConfigError(f"several processes can train a recipe of 'language' only, got {kind!r}. Leave --nproc out.")
     build(LoopOptions, values.pop("loop", {}), "loop")
-    language = build(LanguageRecipe, values)
+    language = _build_language(values)
     if parse_device(device).type == "cuda" and torch.cuda.device_count() < processes:
         raise ConfigError(
             f"every process must have a GPU, got {processes} processes and {torch.cuda.device_count()} GPUs. Start "
@@ -213,7 +213,7 @@ def plan(
     if (kind := values.pop("train", None)) != "language":
         raise ConfigError(f"a plan can be made for recipes of 'language' only, got {kind!r}.")
     values.pop("loop", None)
-    language = build(LanguageRecipe, values)
+    language = _build_language(values)
     vocabulary = Bundle.open(language.bundle, require_model=False).vocabulary
     length = language.model.scene_length if row_length is None else row_length
     if length > language.model.max_position_embeddings:
@@ -261,8 +261,17 @@ def _build(kind: str, values: Mapping[str, Any], device: str, directory: Path) -
     if kind == "upsampler":
         upsampler = build(UpsamplerRecipe, values)
         return upsampler, UpsamplerTraining(upsampler, device=device)
-    language = build(LanguageRecipe, values)
+    language = _build_language(values)
     return language, LanguageTraining(language, device=device)
+
+
+def _build_language(values: Mapping[str, Any]) -> LanguageRecipe:
+    """The recipe of a language model. Sizes that it does not name are those of the bundle that it starts from."""
+    named, start = values.get("model", {}), values.get("start_from")
+    if start is not None and isinstance(named, Mapping):
+        sizes = ModelSize.of(Bundle.open(str(start)).model_config)
+        values = {**values, "model": {**to_plain(sizes), **named}}
+    return build(LanguageRecipe, values)
 
 
 class _Frames:
@@ -371,7 +380,7 @@ def _keep_recipe(kind: str, settings: Any, directory: Path) -> None:
         directory.mkdir(parents=True, exist_ok=True)
     file = directory / RECIPE_FILE
     if any((directory / name).exists() for name in (ONE_FILE, "checkpoints")) and file.exists():
-        begun = {**_defaults(settings), **_read_begun(file)}
+        begun = _with_defaults(settings, _read_begun(file))
         keys = {**begun, **resolved}.keys() - LAYOUT_KEYS
         differing = sorted(key for key in keys if begun.get(key) != resolved.get(key))
         if differing:
@@ -379,6 +388,16 @@ def _keep_recipe(kind: str, settings: Any, directory: Path) -> None:
             raise ConfigError(f"{directory} holds a run of another recipe: {said}. Name another directory with -o.")
     with writing(file):
         write_recipe(file, resolved)
+
+
+def _with_defaults(settings: Any, begun: Mapping[str, Any]) -> dict[str, Any]:
+    """Plain values with the defaults of those keys that they lack, in groups of keys too."""
+    values = {**_defaults(settings), **begun}
+    for field in dataclasses.fields(settings):
+        group = getattr(settings, field.name)
+        if dataclasses.is_dataclass(group) and isinstance(values.get(field.name), Mapping):
+            values[field.name] = _with_defaults(group, values[field.name])
+    return values
 
 
 def _defaults(settings: Any) -> dict[str, Any]:
