@@ -43,7 +43,7 @@ _CARD: Final = """# Started from a language model, not trained
 
 Transformer and text tokenizer are those of a {kind} checkpoint of {parameters:.1f} M parameters, whose licence holds
 for them. The rows for Poet's special ids and for the codes of video and sound are new: the mean of the text's rows and
-noise. On text the model computes what it did; video and sound must be learnt first (`poet train`, recipes/pretraining).
+noise. On text the model computes what it did; video and sound must be learnt first (recipes/language_model).
 """
 
 
