@@ -128,12 +128,14 @@ class LoopConfig:
         num_steps: optimiser steps in all.
         log_every: steps between two lines of `metrics.jsonl`; losses are averaged in between.
         validate_every: steps between two validations.
+        validate_first: whether to validate before the first step too, to see what training gained.
         checkpoint_seconds: least time between two checkpoints; one is also written at the end and on a signal.
     """
 
     num_steps: int
     log_every: int = 20
     validate_every: int = 500
+    validate_first: bool = False
     checkpoint_seconds: float = 120.0
 
     def __post_init__(self) -> None:
@@ -234,6 +236,8 @@ def fit(
     saved_at, newest = time.monotonic(), log.read_newest()
     with closing(log), _closing(checkpoints), _stop_on_signal() as stopped:
         stop = checkpoints.agree(stopped())[0]
+        if step == 0 and config.validate_first and not stop:
+            newest |= log.write_validation(step, trainable.validate(step))
         if speed is not None:
             speed.start()
         while step < config.num_steps and not stop and not _is_done(trainable):

@@ -98,12 +98,17 @@ class LoraTraining:
         say = say or (lambda _: None)
         data, shards = recipe.data, directory / "shards"
         clips = self._encode(data.clips, data.start, data.count, shards / "clips", say)
-        every = max(2, round(1 / data.held_out))
-        held_out = range(0, len(clips), every)
-        if len(clips) < 2:
+        if data.validation is not None:
+            measured = self._encode(data.validation, 0, None, shards / "validation", say)
+            self.loader = self._loader(clips, recipe.text_dropout)
+            self.validation = self._loader(measured, 0.0)
+        elif len(clips) < 2:
             raise ConfigError(f"{data.clips} must have two clips or more, one of them to measure on, it has one.")
-        self.loader = self._loader(_Rows(clips, [row for row in range(len(clips)) if row % every]), recipe.text_dropout)
-        self.validation = self._loader(_Rows(clips, list(held_out)), 0.0)
+        else:
+            every = max(2, round(1 / data.held_out))
+            learnt = [row for row in range(len(clips)) if row % every]
+            self.loader = self._loader(_Rows(clips, learnt), recipe.text_dropout)
+            self.validation = self._loader(_Rows(clips, list(range(0, len(clips), every))), 0.0)
         self.prior = self.prior_validation = None
         if data.prior is not None:
             known = self._encode(data.prior, data.prior_start, data.prior_count, shards / "prior", say)

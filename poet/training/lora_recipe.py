@@ -27,6 +27,7 @@ class LoraData:
         count: clips to take at most; null: all.
         start: number of the first.
         held_out: share of the clips that is not learnt from, to measure on; every n-th.
+        validation: a source of other clips to measure on, in which case all of `clips` are learnt from; or null.
         prior: likewise, of clips that the bundle knows, or null.
         prior_count: clips to take of it at most.
         prior_start: number of the first.
@@ -36,6 +37,7 @@ class LoraData:
     count: int | None = None
     start: int = 0
     held_out: float = 0.1
+    validation: str | None = None
     prior: str | None = None
     prior_count: int = 240
     prior_start: int = 0

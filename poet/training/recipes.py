@@ -50,6 +50,7 @@ class LoopOptions:
 
     log_every: int = 20
     validate_every: int = 500
+    validate_first: bool = False
     checkpoint_seconds: float = 120.0
 
 

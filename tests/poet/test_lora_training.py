@@ -2,6 +2,7 @@
 
 import dataclasses
 import json
+import shutil
 from pathlib import Path
 from typing import Any
 
@@ -190,3 +191,22 @@ def test_what_cannot_be_trained_is_refused(bundle: Bundle, clips: Path, tmp_path
     state = training.state_dict() | {"weights_sha256": "0" * 64}
     with pytest.raises(CheckpointError, match="begun on the weights"):
         training.load_state_dict(state)
+
+
+def test_other_clips_can_be_measured_on(bundle: Bundle, clips: Path, tmp_path: Path) -> None:
+    other = tmp_path / "other"
+    other.mkdir()
+    for name in ("03.mp4", "03.txt", "05.mp4", "05.txt"):
+        shutil.copyfile(clips / name, other / name)
+    data = {"clips": str(clips), "validation": str(other)}
+    asked = recipe(bundle, clips, data=data, prior_share=0.0, num_steps=6)
+    export = trained(asked, tmp_path / "run", validate_first=True)
+    log = [json.loads(line) for line in (tmp_path / "run/metrics.jsonl").read_text().splitlines()]
+    measured = {line["step"]: line["validation_loss"] for line in log if "validation_loss" in line}
+    assert sorted(measured) == [0, 3, 6]
+    # Before the first step the adapter changes nothing.
+    training = LoraTraining(asked, tmp_path / "again")
+    assert len(training.loader._clips) == 11
+    assert measured[0] == pytest.approx(training.validate(0)["loss"])
+    assert measured[6] < measured[0]
+    assert (export / "adapter_model.safetensors").is_file()

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import itertools
 import json
 import math
@@ -377,3 +378,17 @@ def test_average_comes_back_with_its_age() -> None:
 def test_a_decay_outside_its_range_is_refused(decay: float) -> None:
     with pytest.raises(ConfigError, match=r"must lie in \[0, 1\)"):
         ExponentialMovingAverage(nn.Linear(1, 1), decay)
+
+
+@pytest.mark.parametrize("place", ["validate", "before", "after"])
+def test_what_was_there_before_is_measured_once(tmp_path: Path, place: str) -> None:
+    config = dataclasses.replace(LOOP, validate_first=True)
+    assert fit(Tiny(), config, tmp_path / "whole").finished
+    lines = [json.loads(line) for line in (tmp_path / "whole/metrics.jsonl").read_text().splitlines()]
+    assert lines[0]["step"] == 0
+    assert lines[0]["validation_weight"] == Tiny().validate(0)["weight"]
+    assert [line["step"] for line in lines if "validation_weight" in line] == [0, 7, 14, 21, STEPS]
+    for at in (0, 8):
+        assert _in_a_child(lambda at=at: fit(Tiny(_kill_at(place, at)), config, tmp_path / f"{at}")) == -signal.SIGKILL
+        assert fit(Tiny(), config, tmp_path / f"{at}").finished
+        _assert_same(tmp_path / f"{at}", tmp_path / "whole")
