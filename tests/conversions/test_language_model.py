@@ -157,6 +157,19 @@ def test_converting_twice_gives_the_same_bytes(source: Path, bundle: Bundle, tok
     assert hashes(again.path) == hashes(bundle.path)
 
 
+def test_the_older_form_of_config_json_says_the_same(
+    source: Path, bundle: Bundle, tokenizers: Path, tmp_path: Path
+) -> None:
+    """As the published checkpoints have it: rope_theta at the top, rope_scaling null, torch_dtype."""
+    older = copied(source, tmp_path / "older", rope_parameters=None, layer_types=None, dtype=None, rope_theta=1_000_000)
+    content = json.loads((older / "config.json").read_text()) | {"rope_scaling": None, "torch_dtype": "float32"}
+    (older / "config.json").write_text(json.dumps(content))
+    made = convert_language_model(
+        older, tmp_path / "made", bundle=tokenizers, scene_length=LENGTH, largest_file=LARGEST_FILE
+    )
+    assert hashes(made.path) == hashes(bundle.path)
+
+
 def test_half_precision_stays_half(qwen3: Callable[..., Path], tokenizers: Path, tmp_path: Path) -> None:
     source = qwen3(tmp_path / "source", tied=True, dtype="bfloat16", shard="1GB")
     found = convert_language_model(source, tmp_path / "bundle", bundle=tokenizers, scene_length=LENGTH)
