@@ -80,8 +80,9 @@ class FolderSource:
 
     A folder is searched with its subfolders, in the order of the names; the caption of `a/b.mp4` is `a/b.txt` beside
     it. A manifest lists paths, relative to itself, and captions: `.jsonl` with an object a line, `.csv` with a header;
-    the columns `path` and, if wanted, `caption` count, others are left alone. Where it has no caption, a `.txt` beside
-    the file is looked for likewise. Archives are those of WebDataset: see `poet.data.listing`.
+    the columns `path` and, if wanted, `caption` and `start`, the seconds at which the clip begins in its file, count,
+    others are left alone. Where it has no caption, a `.txt` beside the file is looked for likewise. Archives are those
+    of WebDataset: see `poet.data.listing`.
 
     Args:
         path: a folder, a .jsonl or .csv file, a .tar file, or a folder of .tar files.
@@ -135,7 +136,7 @@ class FolderSource:
         try:
             if listed.problem is not None:
                 raise MediaError(listed.problem)
-            clip = self._read(listed.path)
+            clip = self._read(listed.path, listed.start)
             caption = caption_of(listed, self._caption)
             missing = missing_parts(clip.frames is not None, clip.samples is not None, caption) & self._required
             if missing:
@@ -145,13 +146,14 @@ class FolderSource:
             raise
         return SourceClip(listed.key, clip, caption)
 
-    def _read(self, path: MediaPath) -> Clip:
+    def _read(self, path: MediaPath, start: float) -> Clip:
         clip = read_clip(
             path,
             fps=self._fps,
             height=self._height,
             width=self._width,
             sample_rate=self._sample_rate,
+            start=start,
             duration=None if self._num_frames is None else self._num_frames / self._fps,
         )
         if self._num_frames is not None and clip.frames is not None and len(clip.frames) != self._num_frames:

@@ -87,6 +87,8 @@ def survey_footage(
     """
     path, directory = Path(path), Path(directory)
     listed = tuple(list_clips(path))
+    if cut := next((one.key for one in listed if one.start), None):
+        raise ConfigError(f"{path} names scenes that are cut already, such as {cut}. Leave out --split and --drop.")
     with contextlib.ExitStack() as stack:
         try:
             directory.mkdir(parents=True, exist_ok=True)

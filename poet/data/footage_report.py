@@ -17,11 +17,12 @@ from numpy.typing import NDArray
 from poet.data.footage import Footage, scene_key
 from poet.data.scene_choice import DROPS, ChosenScene, DroppedScene
 from poet.errors import CheckpointError, MediaError
-from poet.media import Clip, read_clip, write_clip
+from poet.media import Clip, FilePart, read_clip, write_clip
 
-__all__ = ["REPORT_NAME", "summarise", "write_report"]
+__all__ = ["REPORT_NAME", "SCENES_NAME", "summarise", "write_report"]
 
 REPORT_NAME: Final = "report.json"
+SCENES_NAME: Final = "scenes.jsonl"
 
 _SHOWN: Final = 12  # pictures on a sheet
 _LINES: Final = 20  # of each list in report.md; report.json has all
@@ -76,7 +77,9 @@ def _key(footage: Footage, scene: ChosenScene | DroppedScene) -> str:
 
 
 def write_report(footage: Footage, directory: str | Path) -> dict[str, Any]:
-    """Write report.json, report.md and the sheets into a directory; what is there already is left alone.
+    """Write report.json, report.md, the sheets and scenes.jsonl, a manifest of what is kept, into a directory.
+
+    What is there already is left alone.
 
     Args:
         footage: what became of the files.
@@ -101,11 +104,25 @@ def write_report(footage: Footage, directory: str | Path) -> dict[str, Any]:
             else:
                 sheet.unlink(missing_ok=True)
         (directory / "report.md").write_text("\n".join(_lines(summary)) + "\n", encoding="utf-8")
+        _write_scenes(footage, directory / SCENES_NAME)
         # Last, as it says that the rest is there.
         (directory / REPORT_NAME).write_text(text, encoding="utf-8")
     except OSError as error:
         raise CheckpointError(f"the report in {directory} cannot be written: {error}. Make room.") from error
     return summary
+
+
+def _write_scenes(footage: Footage, path: Path) -> None:
+    """The kept scenes as a manifest, for whoever needs their pictures; not of archives, whose files have no path."""
+    lines = []
+    for scene in footage.choice.chosen:
+        place = footage.listed[scene.file].path
+        if isinstance(place, FilePart):
+            path.unlink(missing_ok=True)
+            return
+        said = {"path": str(Path(place).resolve()), "start": scene.start, "caption": scene.caption}
+        lines.append(json.dumps(said, ensure_ascii=False) + "\n")
+    path.write_text("".join(lines), encoding="utf-8")
 
 
 def _lines(summary: dict[str, Any]) -> list[str]:

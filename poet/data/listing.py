@@ -10,6 +10,7 @@ from __future__ import annotations
 import csv
 import dataclasses
 import json
+import math
 import tarfile
 from collections.abc import Iterator
 from pathlib import Path
@@ -38,6 +39,7 @@ class Listing:
         caption: of a manifest.
         captions: where its caption may lie, in the order in which they are looked at: texts, or JSON in an archive.
         problem: why it cannot be read, where that is known without opening it.
+        start: seconds to leave out at its beginning, of a manifest.
     """
 
     key: str
@@ -45,6 +47,7 @@ class Listing:
     caption: str | None = None
     captions: tuple[MediaPath, ...] = ()
     problem: str | None = None
+    start: float = 0.0
 
 
 def list_clips(path: str | Path) -> list[Listing]:
@@ -83,9 +86,14 @@ def list_clips(path: str | Path) -> list[Listing]:
 def media_files(folder: Path) -> list[Path]:
     """In the order of their names, those of subfolders included; also links that lead nowhere, and empty folders.
 
-    A folder that is called like a media file and holds media files is a folder like any other.
+    A folder that is called like a media file and holds media files is a folder like any other. Names that begin with a
+    dot are left out: they are what other programs hide, or have not finished.
     """
-    named = [path for path in sorted(folder.rglob("*")) if path.suffix.lower() in MEDIA_SUFFIXES]
+    named = [
+        path
+        for path in sorted(folder.rglob("*"))
+        if path.suffix.lower() in MEDIA_SUFFIXES and not path.name.startswith(".")
+    ]
     parents = {parent for path in named if not path.is_dir() for parent in path.parents}
     return [path for path in named if path not in parents]
 
@@ -183,9 +191,25 @@ def _read_manifest(path: Path) -> Iterator[Listing]:
                     raise ConfigError(f"entry {number} of {path} must have a path, got {row}.")
                 if not isinstance(caption, str | None):
                     raise ConfigError(f"the caption of entry {number} of {path} must be a text, got {caption!r}.")
-                yield _listed(path.parent / name, name, (caption or "").strip() or None)
+                start = _start_of(row, f"entry {number} of {path}")
+                key = f"{name}#t={start:.3f}" if start else name  # as in W3C's Media Fragments URI
+                yield dataclasses.replace(
+                    _listed(path.parent / name, key, (caption or "").strip() or None), start=start
+                )
     except (OSError, UnicodeDecodeError, csv.Error) as error:
         raise ConfigError(f"{path} cannot be read: {error}. Name a manifest in UTF-8.") from error
+
+
+def _start_of(row: dict[str, object], entry: str) -> float:
+    """The seconds in a manifest's column `start`, 0 where there are none."""
+    said = row.get("start")
+    try:
+        start = 0.0 if said is None or said == "" else float(said)  # type: ignore[arg-type]
+    except (TypeError, ValueError):
+        start = math.nan
+    if not 0 <= start < math.inf:
+        raise ConfigError(f"the start of {entry} must be seconds, 0 or more, got {said!r}.")
+    return start
 
 
 def _read_json_lines(path: Path, lines: Iterator[str]) -> Iterator[dict[str, object]]:

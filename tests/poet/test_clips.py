@@ -86,6 +86,32 @@ def test_a_manifest_gives_paths_and_captions(folder: Path, kind: str) -> None:
     assert [clips[i].caption for i in range(2)] == ['a bright film, "loud"', "a deep film, naïve"]
 
 
+@pytest.mark.parametrize("kind", ["jsonl", "csv"])
+def test_a_manifest_says_where_in_a_file_a_clip_begins(folder: Path, kind: str) -> None:
+    usual = source(folder, num_frames=2)
+    fps = 8.0
+    line = {"jsonl": '{{"path": "b.mp4", "start": {}}}\n', "csv": "b.mp4,{}\n"}[kind]
+    manifest = folder / f"list.{kind}"
+    manifest.write_text(("path,start\n" if kind == "csv" else "") + line.format(0) + line.format(3 / fps))
+    clips = source(manifest, fps=fps, num_frames=2)
+    whole = source(folder, fps=fps, num_frames=5)[[usual[i].key for i in range(len(usual))].index("b.mp4")].clip
+    assert [clips[i].key for i in range(2)] == ["b.mp4", "b.mp4#t=0.375"]
+    for place, first in ((0, 0), (1, 3)):
+        found = clips[place].clip.frames
+        assert found is not None
+        assert whole.frames is not None
+        assert np.array_equal(found, whole.frames[first : first + 2])
+    name = clips.name
+    manifest.write_text(manifest.read_text().replace("0.375", "0.25"))
+    assert source(manifest, fps=fps, num_frames=2).name != name
+
+
+def test_hidden_files_are_left_alone(folder: Path) -> None:
+    name, count = source(folder).name, len(source(folder))
+    (folder / "._b.mp4").write_bytes(b"what another system keeps beside a file")
+    assert (source(folder).name, len(source(folder))) == (name, count)
+
+
 def test_the_name_changes_with_the_files_the_captions_and_the_sizes_only(folder: Path) -> None:
     name = source(folder).name
     moved = folder.parent / "elsewhere" / folder.name
@@ -131,6 +157,9 @@ def test_a_file_that_cannot_be_read_is_named(folder: Path, damage: str) -> None:
         ("l.jsonl", "\n", "at least one clip"),
         ("l.csv", "file,caption\nb.mp4,x\n", "entry 1"),
         ("l.csv", b"\xff\xfe", "UTF-8"),
+        ("l.csv", "path,start\nb.mp4,soon\n", "start of entry 1"),
+        ("l.jsonl", '{"path": "b.mp4", "start": -1}\n', "start of entry 1"),
+        ("l.jsonl", '{"path": "b.mp4", "start": [1]}\n', "start of entry 1"),
         ("l.txt", "b.mp4", "manifest"),
     ],
 )

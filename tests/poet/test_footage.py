@@ -8,6 +8,7 @@ import numpy as np
 import pytest
 from numpy.typing import NDArray
 
+from poet.data.clips import open_source
 from poet.data.footage import JOURNAL_NAME, FileSurveys, Footage, FootageSource, survey_footage
 from poet.data.footage_report import write_report
 from poet.data.readahead import Unreadable, runs_of
@@ -212,6 +213,30 @@ def test_the_report_counts_and_shows_what_was_dropped(tmp_path: Path) -> None:
     before = {path: path.stat().st_mtime_ns for path in (tmp_path / "out").iterdir()}
     write_report(footage, tmp_path / "out")
     assert {path: path.stat().st_mtime_ns for path in (tmp_path / "out").iterdir()} == before
+
+
+def test_kept_scenes_can_be_read_as_clips_by_whoever_needs_their_pictures(tmp_path: Path) -> None:
+    film(tmp_path / "in" / "a.mp4", ("red", 1.5, 500), ("blue", 0.5, 900), ("dark", 0.8, 500), ("green", 1.4, 300))
+    (tmp_path / "in" / "a.txt").write_text("a film")
+    footage = look(tmp_path / "in", tmp_path / "out", "black")
+    write_report(footage, tmp_path / "out")
+    scenes = FootageSource(footage, **SIZE)
+    manifest = tmp_path / "out" / "scenes.jsonl"
+    clips = open_source(manifest, fps=FPS, num_frames=N, sample_rate=RATE, **SIZE)
+    assert len(clips) == len(scenes) > 2
+    for index in range(len(scenes)):
+        one, other = scenes[index], clips[index]
+        assert one.caption == other.caption == "a film"
+        assert one.clip.frames is not None
+        assert other.clip.frames is not None
+        assert np.array_equal(one.clip.frames, other.clip.frames)
+        assert one.clip.samples is not None
+        assert other.clip.samples is not None
+        # Read alone, the filter that changes the rate begins with the clip and not before it.
+        assert np.abs(one.clip.samples - other.clip.samples)[:20].max() < 0.02
+        assert np.allclose(one.clip.samples[20:], other.clip.samples[20:], atol=1e-3)
+    with pytest.raises(ConfigError, match="cut already"):
+        look(manifest, tmp_path / "again")
 
 
 def test_files_are_looked_through_once_and_those_that_changed_again(
