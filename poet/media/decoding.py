@@ -3,6 +3,7 @@
 import logging
 from collections.abc import Callable, Collection, Iterator, Mapping
 from fractions import Fraction
+from typing import Final
 
 import av
 from av.audio.frame import AudioFrame
@@ -34,6 +35,10 @@ def origin_of(media: OpenMedia) -> Fraction:
         if stream is not None and stream.start_time is not None and stream.time_base is not None
     ]
     return min(starts, default=Fraction(0))
+
+
+LEAD: Final = Fraction(1, 4)
+"""Seconds of sound decoded before a scene: decoders and resamplers need some to settle."""
 
 
 def seek_before(media: OpenMedia, begin: Fraction) -> None:

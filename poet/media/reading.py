@@ -10,7 +10,7 @@ from numpy.typing import NDArray
 
 from poet.errors import ConfigError, MediaError
 from poet.media.clip import Clip, exact_fps
-from poet.media.decoding import check_whole, decoded, origin_of, seek_before
+from poet.media.decoding import LEAD, check_whole, decoded, origin_of, seek_before
 from poet.media.opening import DEFAULT_MAX_DURATION, MediaPath, OpenMedia, open_media
 from poet.media.picture import Fit, PictureFitter, check_size
 from poet.media.resampling import FrameSampler, SampleCollector, round_half_up, too_long
@@ -169,7 +169,7 @@ def _own_rate(media: OpenMedia) -> Fraction:
 def _decode(media: OpenMedia, sampler: FrameSampler | None, collector: SampleCollector | None, begin: Fraction) -> None:
     """Feed both sinks until they have enough or the file ends."""
     if sampler is not None:
-        seek_before(media, begin)
+        seek_before(media, max(Fraction(0), begin - LEAD))
     sinks: dict[int, FrameSampler | SampleCollector] = {}
     if sampler is not None and media.video is not None:
         sinks[media.video.index] = sampler

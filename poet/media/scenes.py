@@ -11,16 +11,13 @@ from av.video.frame import VideoFrame
 
 from poet.errors import ConfigError, MediaError
 from poet.media.clip import Clip, exact_fps
-from poet.media.decoding import check_whole, decoded, seek_before
+from poet.media.decoding import LEAD, check_whole, decoded, seek_before
 from poet.media.opening import MediaPath, OpenMedia, open_media
 from poet.media.picture import PictureFitter
 from poet.media.reading import assemble
 from poet.media.resampling import FrameSampler, SampleCollector
 
 __all__ = ["read_scenes"]
-
-_LEAD = Fraction(1, 4)
-"""Seconds of sound decoded before a scene: decoders and resamplers need some to settle."""
 
 
 def read_scenes(
@@ -59,7 +56,7 @@ def read_scenes(
     begins, rate = [Fraction(start) for start in starts], exact_fps(fps)
     with open_media(path) as media:
         scenes = [_Scene(media, begin, Fraction(duration), rate, height, width, sample_rate) for begin in begins]
-        seek_before(media, max(Fraction(0), begins[0] - _LEAD))
+        seek_before(media, max(Fraction(0), begins[0] - LEAD))
         _decode(media, scenes)
         clips = [assemble(media, scene.sampler, scene.collector, scene.begin) for scene in scenes]
     wanted = scenes[0].num_frames
@@ -94,13 +91,13 @@ class _Scene:
             fitter = PictureFitter(media.name, media.file, height, width, "crop", aspect)
             self.sampler = FrameSampler(media.name, fps, begin, duration, duration, fitter.fit)
             duration = self.sampler.covered(duration)
-        self._end = begin + duration + _LEAD
+        self._end = begin + duration + LEAD
         if media.audio is not None:
             self.collector = SampleCollector(media.name, sample_rate, begin, duration, duration)
 
     def hears(self, time: Fraction, lasts: Fraction) -> bool:
         """Whether a piece of sound matters here."""
-        return time + lasts > self.begin - _LEAD and time < self._end
+        return time + lasts > self.begin - LEAD and time < self._end
 
 
 def _decode(media: OpenMedia, scenes: Sequence[_Scene]) -> None:
