@@ -14,6 +14,11 @@ from typing import Any
 import numpy as np
 import pytest
 
+# Before Ray is imported: it writes no reports, and nodes of this machine find each other by 127.0.0.1.
+os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")
+os.environ.setdefault("RAY_ENABLE_WINDOWS_OR_OSX_CLUSTER", "0")
+os.environ.setdefault("RAY_BACKEND_LOG_LEVEL", "fatal")
+
 from poet.cli.main import main
 from poet.data import ray_cluster
 from poet.data.ray_tasks import RayTasks
@@ -28,15 +33,16 @@ FOOTAGE = ("--split", "shots", "--drop", "black,duplicate")
 
 @pytest.fixture(scope="module")
 def cluster() -> Iterator[str]:
-    """Two nodes of a core each on this machine; the address of the first."""
-    os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")
+    """Two nodes of a core each on this machine, to which this process is connected; the address of the first."""
     ray = pytest.importorskip("ray")
     from ray.cluster_utils import Cluster
 
     # Not under tmp_path: the paths of unix sockets end at 107 bytes, of which Ray takes 65.
     directory = Path(tempfile.mkdtemp(prefix="ray-"))
-    before = os.environ.get("RAY_TMPDIR")
-    os.environ["RAY_TMPDIR"] = str(directory)
+    (directory / "ray").mkdir()
+    changed = dict.fromkeys(("RAY_TMPDIR", "TMPDIR"), str(directory)) | {"RAY_enable_worker_prestart": "0"}
+    before = {name: os.environ.get(name) for name in changed}
+    os.environ |= changed
     made: Any = None
     try:
         common = {"node_ip_address": "127.0.0.1", "include_log_monitor": False}
@@ -49,7 +55,8 @@ def cluster() -> Iterator[str]:
         ray.shutdown()
         if made is not None:
             made.shutdown()
-        os.environ.pop("RAY_TMPDIR") if before is None else os.environ.__setitem__("RAY_TMPDIR", before)
+        for name, value in before.items():
+            os.environ.pop(name) if value is None else os.environ.__setitem__(name, value)
         shutil.rmtree(directory, ignore_errors=True)
 
 
@@ -111,7 +118,8 @@ def test_a_killed_driver_goes_on_with_or_without_the_cluster(
     os.kill(process.pid, signal.SIGKILL)
     process.wait()
     assert process.returncode == -signal.SIGKILL
-    assert len(open_shards(tmp_path / "many", None, allow_incomplete=True)) >= 6
+    # The second file may have been there before the manifest named it.
+    assert len(open_shards(tmp_path / "many", None, allow_incomplete=True)) >= 3
     assert main(encode(films, tmp_path / "many", bundle, *FOOTAGE)) == 0
     assert contents(tmp_path / "many") == contents(tmp_path / "one")
 
@@ -138,7 +146,8 @@ def test_a_cluster_that_is_not_there_is_told_in_one_line(
     capsys: pytest.CaptureFixture[str],
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    pytest.importorskip("ray")
+    ray = pytest.importorskip("ray")
+    monkeypatch.setattr(ray, "is_initialized", lambda: False)  # whatever other tests left connected
     monkeypatch.setattr(ray_cluster, "SECONDS_TO_CONNECT", 3)
     assert main(encode(films, tmp_path / "many", bundle, "--ray", "127.0.0.1:1")) == 1
     err = capsys.readouterr().err
