@@ -2,7 +2,7 @@
 
 The layers are taken byte for byte; embedding and head get rows for Poet's ids before and behind their own, which become
 the text range. So on text alone, read causally, the bundle computes what the language model does. Weights are read and
-written one tensor at a time, so a model of any size needs the memory of one file of `tensor_files.LARGEST_FILE`.
+written one tensor at a time, so a model of any size needs the memory of some two files of `tensor_files.LARGEST_FILE`.
 
 Legend: V rows of the shared vocabulary (padded), R rows of the language model, C hidden size.
 """

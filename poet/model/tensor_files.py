@@ -1,6 +1,7 @@
 """Weights in safetensors, in one file or in several with an index, one tensor at a time: read and written.
 
-However large a model is, no more of it is in memory than the file that is being written. It knows names, shapes and
+However large a model is, no more of it is in memory than the file that is being written, which the package copies once
+while it writes. It knows names, shapes and
 files; it does not know what a tensor is for.
 """
 
