@@ -1,6 +1,6 @@
 """Looks a media file through once: where its scenes are, and how bright, moving and loud each of them is.
 
-Memory grows by some 200 bytes a picture, so a film of hours is looked through in tens of megabytes.
+Memory grows by some 300 bytes a picture, so a film of hours is looked through in tens of megabytes.
 
 Legend: N pictures, W windows of sound.
 """
