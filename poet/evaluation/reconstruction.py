@@ -130,7 +130,7 @@ def evaluate_reconstruction(
     """Send clips through the tokenizers and back and measure what they lost.
 
     Args:
-        clips: clips, all of one shape, with what each should show (may be empty without a judge). Frames must number
+        clips: clips, with what each should show (may be empty without a judge). Frames must number
             1 + k * temporal_stride.
         video_tokenizer: None keeps the pictures as they are and leaves them unmeasured.
         audio_tokenizer: likewise for sound; its sample rate must be the clips'.
@@ -172,14 +172,19 @@ def evaluate_reconstruction(
 def _batches(
     clips: Iterable[tuple[Clip, Mapping[str, str]]], size: int
 ) -> Iterator[list[tuple[Clip, Mapping[str, str]]]]:
+    """Clips of one shape that follow each other, `size` at most."""
     batch: list[tuple[Clip, Mapping[str, str]]] = []
     for clip in clips:
-        batch.append(clip)
-        if len(batch) == size:
+        if batch and (len(batch) == size or _shapes(clip[0]) != _shapes(batch[0][0])):
             yield batch
             batch = []
+        batch.append(clip)
     if batch:
         yield batch
+
+
+def _shapes(clip: Clip) -> tuple[object, object]:
+    return tuple(None if part is None else part.shape for part in (clip.frames, clip.samples))  # type: ignore[return-value]
 
 
 @torch.inference_mode()

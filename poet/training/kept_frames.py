@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import hashlib
 import logging
+import os
 from pathlib import Path
 from typing import Final
 
@@ -35,6 +36,9 @@ class KeptFrames:
         source: of the clips, all of one shape.
         name: of the clips, the same for the same clips only.
         directory: where to keep them; two files for each source.
+
+    Raises:
+        OSError: there is no room for them.
     """
 
     def __init__(self, source: FrameSource, name: str, directory: Path) -> None:
@@ -72,8 +76,8 @@ class KeptFrames:
 
 
 def _mapped(path: Path, shape: tuple[int, ...]) -> NDArray[np.uint8]:
-    """A file as an array; a new one is zero, and takes room only where something has been written."""
+    """A file as an array, zero where it is new. All of its room is taken now: later a full disk would be a signal."""
     size = int(np.prod(shape))
     with path.open("ab") as file:
-        file.truncate(size)
+        os.posix_fallocate(file.fileno(), 0, size)
     return np.memmap(path, np.uint8, mode="r+", shape=shape)

@@ -21,6 +21,8 @@ from numpy.typing import NDArray
 from poet.bundle import Bundle, GenerationDefaults
 from poet.bundle_writing import create_tokenizer_bundle
 from poet.data.clips import ClipSource, open_source
+from poet.data.listing import list_clips
+from poet.data.scene_measuring import stamp_of
 from poet.errors import CheckpointError, ConfigError, PoetError
 from poet.model.device import parse_device
 from poet.training.audio_tokenizer import AudioTokenizerRecipe, AudioTokenizerTraining
@@ -246,7 +248,10 @@ def _build(kind: str, values: Mapping[str, Any], device: str, directory: Path) -
             opened = [_open(name, video.fps, video.num_frames, *size) for size in sizes]
             if not Path(name).exists():  # drawn, which is as fast as reading
                 return [_Frames(source) for source in opened]
-            return [KeptFrames(_Frames(source), source.name, directory / "frames") for source in opened]
+            stamps = [stamp_of(one) for one in list_clips(name)]  # a file that was replaced is decoded again
+            with writing(directory):
+                kept = directory / "frames"
+                return [KeptFrames(_Frames(source), f"{source.name} {stamps}", kept) for source in opened]
 
         return video, VideoTokenizerTraining(
             video, frames(video.source), frames(video.validation_source), device=device

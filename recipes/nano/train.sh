@@ -30,11 +30,12 @@ write(Path(sys.argv[1]))' $RUN/tokenizers/export/phrases.json
 "$POET" encode toybox:train --count $CLIPS --model $RUN/tokenizers/export -o $RUN/shards/train --device "$DEVICE"
 "$POET" encode toybox:seen --count 512 --start 100000 --model $RUN/tokenizers/export -o $RUN/shards/seen --device "$DEVICE"
 "$POET" encode toybox-films:train --count $((CLIPS / 8)) --model $RUN/tokenizers/export -o $RUN/shards/films --device "$DEVICE"
-for stage in language language_more language_parallel language_parallel_more language_distilled language_films; do
+for stage in language language_more language_parallel language_parallel_more language_distilled language_films \
+    language_refined; do
   "$POET" train recipes/nano/$stage.yaml -o $RUN/$stage --device "$DEVICE" "${LANGUAGE[@]}"
 done
-"$POET" evaluate $RUN/language_films/export -o $RUN/evaluation
-"$POET" evaluate $RUN/language_films/export --what films --count 40 -o $RUN/films
-"$POET" evaluate $RUN/language_films/export --what reconstruction -o $RUN/reconstruction
-echo "The finished bundle is $RUN/language_films/export, its scores are in $RUN/evaluation, $RUN/films and"
+"$POET" evaluate $RUN/language_refined/export -o $RUN/evaluation
+"$POET" evaluate $RUN/language_refined/export --what films --count 40 -o $RUN/films
+"$POET" evaluate $RUN/language_refined/export --what reconstruction -o $RUN/reconstruction
+echo "The finished bundle is $RUN/language_refined/export, its scores are in $RUN/evaluation, $RUN/films and"
 echo "$RUN/reconstruction; recipes/nano/fill_scores.py writes them into the pages."
