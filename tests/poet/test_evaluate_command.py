@@ -192,3 +192,20 @@ def test_own_clips_are_measured_beside_another_bundle(
     ):
         assert run(*wrong) == 1
         assert words in " ".join(capsys.readouterr().err.split())
+
+
+def test_own_sounds_of_any_length_are_measured(
+    capsys: pytest.CaptureFixture[str], bundle: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    rate = Bundle.open(bundle).vocabulary.sample_rate
+    (tmp_path / "sounds").mkdir()
+    for number, length in enumerate((800, 500, 500, 700)):
+        samples = np.random.default_rng(number).uniform(-0.5, 0.5, length).astype(np.float32)
+        write_clip(Clip(frames=None, fps=0.0, samples=samples, sample_rate=rate), tmp_path / f"sounds/{number}.wav")
+    told = ["evaluate", bundle, "--what", "reconstruction", "--clips", tmp_path / "sounds", "--json"]
+    assert main([str(argument) for argument in told]) == 0
+    found = json.loads(capsys.readouterr().out)[bundle.name]
+    assert found["num_clips"] == 4
+    assert found["psnr"] is None
+    assert found["mel_distance"] > 0
