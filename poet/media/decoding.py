@@ -41,28 +41,40 @@ LEAD: Final = Fraction(1, 4)
 """Seconds of sound decoded before a scene: decoders and resamplers need some to settle."""
 
 
-def seek_before(media: OpenMedia, begin: Fraction) -> None:
-    """Go to a key picture at or before a time, where that is possible and worth it."""
+def _seek_before(media: OpenMedia, begin: Fraction) -> Fraction:
+    """Go to a key picture at or before a time, where that is possible and worth it. Returns the time, or 0."""
     # Only these carry an index that makes a seek land on a key frame before the place asked for.
-    if begin > _SEEK_BEYOND and media.has_format("mov", "matroska"):
+    if begin <= _SEEK_BEYOND or not media.has_format("mov", "matroska", "avi"):
+        return Fraction(0)
+    try:
         media.container.seek(int((origin_of(media) + begin) * av.time_base))
+    except av.FFmpegError:  # an AVI whose index was never written
+        return Fraction(0)
+    return begin
 
 
 def decoded(
-    media: OpenMedia, wanted: Collection[int], shortest: Fraction, is_done: Callable[[int], bool]
+    media: OpenMedia,
+    wanted: Collection[int],
+    shortest: Fraction,
+    is_done: Callable[[int], bool],
+    begin: Fraction = Fraction(0),
 ) -> Iterator[Decoded]:
     """The frames of some streams, in the order in which the file holds them.
 
     Args:
-        media: an opened file; its place is where the decoding begins.
+        media: an opened file, of which nothing has been decoded.
         wanted: numbers of the streams: those of the picture, the sound, or both.
         shortest: seconds that a picture lasts where the file does not say.
         is_done: whether a stream is needed no further; when none is, the decoding ends.
+        begin: seconds before which nothing is needed; earlier frames may come nevertheless.
 
     Raises:
-        MediaError: a packet is damaged, beyond what recordings may begin with.
+        MediaError: a packet is damaged, beyond what recordings may begin with, or the file ends before it should.
     """
     origin = origin_of(media)
+    place = _seek_before(media, begin)
+    ends: dict[int, Fraction] = {}
     is_recording = not media.is_image and not media.has_format("mov", "matroska", "gif", "wav", "avi")
     last: dict[int, Fraction] = {}
     damage: dict[int, int] = {}
@@ -72,6 +84,10 @@ def decoded(
         if all(is_done(one) for one in wanted):
             return
         if is_done(index):
+            # Not decoded, but where it ends says whether the file is whole.
+            if packet.pts is not None and packet.time_base is not None:
+                end = (packet.pts + (packet.duration or 0)) * packet.time_base - origin
+                ends[index] = max(end, ends.get(index, end))
             continue
         try:
             frames = packet.decode()
@@ -92,17 +108,21 @@ def decoded(
             else:
                 lasts = Fraction(frame.samples, frame.sample_rate)
             last[index] = (time if time is not None else last.get(index, Fraction(0))) + lasts
+            ends[index] = max(last[index], ends.get(index, last[index]))
             yield frame, time, lasts
     if any(index not in last for index in damage):
         raise _damaged(media.name, None)
+    if not all(is_done(one) for one in wanted):
+        # A stream that held nothing behind the place where the decoding began may have ended before it.
+        _check_whole(media, {index: ends.get(index, place) for index in wanted})
 
 
-def check_whole(media: OpenMedia, ends: Mapping[int, Fraction | None]) -> None:
+def _check_whole(media: OpenMedia, ends: Mapping[int, Fraction]) -> None:
     """Refuse a file that ended earlier than its header promised, where headers of that format can be trusted.
 
     Args:
         media: the file, read to its end.
-        ends: number of each stream that was read -> seconds that it reached; None: it held nothing.
+        ends: number of each stream that was read -> seconds that it reached.
 
     Raises:
         MediaError: the file is cut short.
@@ -120,7 +140,7 @@ def check_whole(media: OpenMedia, ends: Mapping[int, Fraction | None]) -> None:
     is_trusted = media.has_format("matroska") or (media.has_format("mp3") and _has_length_tag(media))
     if is_trusted and media.container.duration and len(ends) == len(media.container.streams):
         stated = Fraction(media.container.duration, av.time_base)
-        _refuse_short(media.name, max((end for end in ends.values() if end is not None), default=None), stated)
+        _refuse_short(media.name, max(ends.values()), stated)
 
 
 def _damaged(name: str, place: Fraction | None) -> MediaError:
@@ -132,8 +152,7 @@ def _damaged(name: str, place: Fraction | None) -> MediaError:
     )
 
 
-def _refuse_short(name: str, end: Fraction | None, stated: Fraction) -> None:
-    reached = end if end is not None else Fraction(0)
+def _refuse_short(name: str, reached: Fraction, stated: Fraction) -> None:
     if reached < stated - max(_SHORT_BY, stated / 50):
         raise MediaError(
             f"{name}: is cut short, it ends at {float(reached):.2f} s instead of {float(stated):.2f} s. "

@@ -10,7 +10,7 @@ from numpy.typing import NDArray
 
 from poet.errors import ConfigError, MediaError
 from poet.media.clip import Clip, exact_fps
-from poet.media.decoding import LEAD, check_whole, decoded, origin_of, seek_before
+from poet.media.decoding import LEAD, decoded, origin_of
 from poet.media.opening import DEFAULT_MAX_DURATION, MediaPath, OpenMedia, open_media
 from poet.media.picture import Fit, PictureFitter, check_size
 from poet.media.resampling import FrameSampler, SampleCollector, round_half_up, too_long
@@ -168,23 +168,20 @@ def _own_rate(media: OpenMedia) -> Fraction:
 
 def _decode(media: OpenMedia, sampler: FrameSampler | None, collector: SampleCollector | None, begin: Fraction) -> None:
     """Feed both sinks until they have enough or the file ends."""
-    if sampler is not None:
-        seek_before(media, max(Fraction(0), begin - LEAD))
+    place = begin - LEAD if sampler is not None else Fraction(0)
     sinks: dict[int, FrameSampler | SampleCollector] = {}
     if sampler is not None and media.video is not None:
         sinks[media.video.index] = sampler
     if collector is not None and media.audio is not None:
         sinks[media.audio.index] = collector
     shortest = 1 / sampler.fps if sampler is not None else Fraction(0)
-    for frame, time, lasts in decoded(media, sinks, shortest, lambda index: sinks[index].is_done):
+    for frame, time, lasts in decoded(media, sinks, shortest, lambda index: sinks[index].is_done, place):
         if isinstance(frame, VideoFrame):
             assert sampler is not None and time is not None
             sampler.add(frame, time, lasts)
         else:
             assert collector is not None
             collector.add(frame, time)
-    if not all(sink.is_done for sink in sinks.values()):
-        check_whole(media, {index: sink.end for index, sink in sinks.items()})
 
 
 def assemble(

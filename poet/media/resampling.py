@@ -16,7 +16,7 @@ from numpy.typing import NDArray
 from poet.errors import MediaError
 from poet.media.opening import MAX_CLIP_BYTES, MAX_DECODED_FRAMES
 
-_GAP = Fraction(1, 10)
+GAP = Fraction(1, 10)
 """Seconds by which a sound's time stamps may drift before it is set anew; rounded stamps alone stay far below."""
 
 
@@ -125,8 +125,53 @@ class FrameSampler:
         self._count += 1
 
 
+class MonoMixer:
+    """Mixes sound down to one channel at one rate.
+
+    Args:
+        sample_rate: of the result.
+    """
+
+    def __init__(self, sample_rate: int) -> None:
+        self._rate = sample_rate
+        self._resampler: AudioResampler | None = None
+        self._source: tuple[int, str, str] | None = None
+
+    def goes_on(self, frame: AudioFrame) -> bool:
+        """Whether a frame is of the kind of those before it."""
+        return self._source == _kind_of(frame)
+
+    def begin(self, frame: AudioFrame) -> NDArray[np.float32]:
+        """Make ready for frames like this one. Returns the rest of those before it, (S,) float32."""
+        rest = self._resample(None)
+        # By default swresample adds channels up beyond full scale; this makes the sum of the weights 1.
+        self._resampler = AudioResampler(
+            format="flt", layout="mono", rate=self._rate, options={"rematrix_maxval": "1.0"}
+        )
+        self._source = _kind_of(frame)
+        return rest
+
+    def add(self, frame: AudioFrame) -> NDArray[np.float32]:
+        """What is ready with this frame, (S,) float32; the rest follows with the next ones."""
+        frame.pts = None
+        return self._resample(frame)
+
+    def finish(self) -> NDArray[np.float32]:
+        """The rest, (S,) float32."""
+        return self._resample(None)
+
+    def _resample(self, frame: AudioFrame | None) -> NDArray[np.float32]:
+        made = [] if self._resampler is None else self._resampler.resample(frame)
+        pieces = [np.asarray(one.to_ndarray(), np.float32).reshape(-1) for one in made]
+        return np.concatenate(pieces) if pieces else np.zeros(0, np.float32)
+
+
+def _kind_of(frame: AudioFrame) -> tuple[int, str, str]:
+    return frame.sample_rate, frame.layout.name, frame.format.name
+
+
 class SampleCollector:
-    """Mixes sound down to one channel at one rate and lays it where its time stamps say.
+    """Lays sound, mixed down to one channel at one rate, where its time stamps say.
 
     Args:
         name: the file's, for messages.
@@ -146,28 +191,35 @@ class SampleCollector:
         self._duration = duration
         self._max_duration = max_duration
         self._pieces: list[tuple[int, list[NDArray[np.float32]]]] = []
-        self._resampler: AudioResampler | None = None
-        self._source: tuple[int, str, str] | None = None
+        self._mixer = MonoMixer(sample_rate)
+        self._is_closed = False
 
     @property
     def is_done(self) -> bool:
-        """Whether the whole duration that was asked for has its samples."""
+        """Whether the whole duration that was asked for has its samples, as far as there are any."""
+        if self._is_closed:
+            return True
         # A little more than asked for, so that the resampler's last taps rest on real samples.
-        return self.end is not None and self._duration is not None and self.end >= self._start + self._duration + _GAP
+        return self.end is not None and self._duration is not None and self.end >= self._start + self._duration + GAP
+
+    def close(self) -> None:
+        """Say that no more sound of what was asked for will come."""
+        self._is_closed = True
 
     def add(self, frame: AudioFrame, time: Fraction | None) -> None:
         """Take the next decoded frame, heard at `time` (None: right after the one before)."""
         if time is None:
             time = self._start if self.end is None else self.end
-        source = (frame.sample_rate, frame.layout.name, frame.format.name)
-        if self.end is None or source != self._source or abs(time - self.end) > _GAP:
-            self._begin(time, source)
-        assert self._resampler is not None and self.end is not None
+        if self.end is None or not self._mixer.goes_on(frame) or abs(time - self.end) > GAP:
+            rest = self._mixer.begin(frame)
+            if self._pieces:
+                self._keep(rest)
+            self._pieces.append((round_half_up((time - self._start) * self.sample_rate), []))
+            self.end = time
         self.end += Fraction(frame.samples, frame.sample_rate)
-        if self._duration is None and self.end - self._start > self._max_duration + _GAP:
+        if self._duration is None and self.end - self._start > self._max_duration + GAP:
             raise too_long(self._name, self._max_duration)
-        frame.pts = None
-        self._keep(self._resampler.resample(frame))
+        self._keep(self._mixer.add(frame))
 
     def finish(self, num_samples: int | None, end: Fraction | None) -> NDArray[np.float32] | None:
         """(S,) float32 in [-1, 1]; silence where the file has none; None if nothing was heard at or after start.
@@ -176,16 +228,16 @@ class SampleCollector:
             num_samples: S; None takes what there is, at most the duration that was asked for.
             end: seconds at which the file says that its sound ends, where what is decoded beyond is only padding.
         """
-        if self._resampler is not None:
-            self._keep(self._resampler.resample(None))
+        if self._pieces:
+            self._keep(self._mixer.finish())
         placed = [(first, np.concatenate(parts)) for first, parts in self._pieces if parts]
         last = max((first + len(samples) for first, samples in placed), default=0)
-        if last <= 0:
-            return None
         if end is not None:
             last = min(last, round_half_up((end - self._start) * self.sample_rate))
         if self._duration is not None:
             last = min(last, round_half_up(self._duration * self.sample_rate))
+        if last <= 0:
+            return None
         result = np.zeros(last if num_samples is None else num_samples, np.float32)
         for first, samples in placed:
             inside = samples[max(0, -first) : max(0, min(last, len(result)) - first)]
@@ -194,26 +246,13 @@ class SampleCollector:
             raise MediaError(f"{self._name}: its sound holds values that are not numbers. Make the file again.")
         return np.clip(result, -1.0, 1.0)  # lossy codecs overshoot
 
-    def _begin(self, time: Fraction, source: tuple[int, str, str]) -> None:
-        if self._resampler is not None:
-            self._keep(self._resampler.resample(None))
-        # By default swresample adds channels up beyond full scale; this makes the sum of the weights 1.
-        self._resampler = AudioResampler(
-            format="flt", layout="mono", rate=self.sample_rate, options={"rematrix_maxval": "1.0"}
-        )
-        self._source, self.end = source, time
-        self._pieces.append((round_half_up((time - self._start) * self.sample_rate), []))
-
-    def _keep(self, frames: list[AudioFrame]) -> None:
+    def _keep(self, samples: NDArray[np.float32]) -> None:
         first, parts = self._pieces[-1]
-        for frame in frames:
-            samples = np.asarray(frame.to_ndarray(), dtype=np.float32).reshape(-1)
-            if not parts and first + len(samples) <= 0:
-                # Wholly before the start: move the piece's beginning instead of keeping what will be cut off.
-                first += len(samples)
-                self._pieces[-1] = (first, parts)
-            else:
-                parts.append(samples)
+        if not parts and first + len(samples) <= 0:
+            # Wholly before the start: move the piece's beginning instead of keeping what will be cut off.
+            self._pieces[-1] = (first + len(samples), parts)
+        else:
+            parts.append(samples)
 
 
 def too_long(name: str, max_duration: Fraction) -> MediaError:

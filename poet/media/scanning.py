@@ -8,20 +8,19 @@ from dataclasses import dataclass
 from fractions import Fraction
 
 import numpy as np
-from av.audio.frame import AudioFrame
-from av.audio.resampler import AudioResampler
 from av.video.frame import VideoFrame
 from av.video.reformatter import Interpolation, VideoReformatter
 from numpy.typing import NDArray
 
 from poet.errors import MediaError
-from poet.media.decoding import check_whole, decoded
+from poet.media.decoding import decoded
 from poet.media.opening import MediaPath, open_media
+from poet.media.resampling import GAP, MonoMixer
 
 __all__ = ["HeardSound", "SeenPicture", "scan_media"]
 
-_GAP = Fraction(1, 10)
-"""Seconds by which time stamps of sound may drift before it counts as interrupted."""
+_STEP_BACK = Fraction(1, 2)
+"""Seconds by which time stamps may step back, as a few muxers' do; by more, and the file's clock began anew."""
 
 
 @dataclass(frozen=True, eq=False)
@@ -71,23 +70,29 @@ def scan_media(
         Pictures and pieces of sound, each kind in the order of time, the two mixed as the file holds them.
 
     Raises:
-        MediaError: the file cannot be opened, is damaged within these seconds, or holds nothing.
+        MediaError: the file cannot be opened, is damaged within these seconds, holds nothing, or its clock begins anew
+            on the way.
     """
     with open_media(path) as media:
         streams = {stream.index for stream in (media.video, media.audio) if stream is not None}
         if not streams:
             raise MediaError(f"{path}: holds neither pictures nor sound that can be decoded. Convert it to MP4 first.")
-        scaler, sound = VideoReformatter(), _Mono(sample_rate)
+        scaler, sound = VideoReformatter(), MonoMixer(sample_rate)
         ends: dict[int, Fraction | None] = dict.fromkeys(streams)
 
         def is_done(index: int) -> bool:
             end = ends[index]
             return duration is not None and end is not None and end >= duration
 
+        shown: Fraction | None = None
         for frame, time, lasts in decoded(media, streams, Fraction(1, 25), is_done):
             if isinstance(frame, VideoFrame):
                 assert media.video is not None and time is not None
                 before = ends[media.video.index]
+                if shown is not None and time <= shown:
+                    _refuse_new_clock(path, shown, time)
+                    continue  # as in reading: a picture that steps back is dropped
+                shown = time
                 ends[media.video.index] = time + lasts if before is None else max(before, time + lasts)
                 small = scaler.reformat(
                     frame, width=width, height=height, format="rgb24", interpolation=int(Interpolation.AREA), threads=1
@@ -96,30 +101,19 @@ def scan_media(
             else:
                 assert media.audio is not None
                 known = ends[media.audio.index] or Fraction(0)
-                begun = known if time is None or abs(time - known) <= _GAP else time
+                begun = known if time is None or abs(time - known) <= GAP else time
+                _refuse_new_clock(path, known, begun)
                 ends[media.audio.index] = begun + lasts
-                frame.pts = None
-                yield HeardSound(begun, begun + lasts, sound.resample(frame, restart=begun != known))
-        if not all(is_done(index) for index in streams):
-            check_whole(media, ends)
+                if begun != known or not sound.goes_on(frame):
+                    sound.begin(frame)  # what little was waiting of the sound before is not missed
+                yield HeardSound(begun, begun + lasts, sound.add(frame))
         if all(end is None for end in ends.values()):
             raise MediaError(f"{path}: holds nothing that can be decoded. Make or download the file again.")
 
 
-class _Mono:
-    """Mixes sound down to one channel at one rate."""
-
-    def __init__(self, sample_rate: int) -> None:
-        self._rate = sample_rate
-        self._resampler: AudioResampler | None = None
-        self._source: tuple[int, str, str] | None = None
-
-    def resample(self, frame: AudioFrame, restart: bool) -> NDArray[np.float32]:
-        source = (frame.sample_rate, frame.layout.name, frame.format.name)
-        if self._resampler is None or restart or source != self._source:
-            self._resampler = AudioResampler(
-                format="flt", layout="mono", rate=self._rate, options={"rematrix_maxval": "1.0"}
-            )
-            self._source = source
-        pieces = [np.asarray(one.to_ndarray(), np.float32).reshape(-1) for one in self._resampler.resample(frame)]
-        return np.concatenate(pieces) if pieces else np.zeros(0, np.float32)
+def _refuse_new_clock(path: MediaPath, before: Fraction, time: Fraction) -> None:
+    if time < before - _STEP_BACK:
+        raise MediaError(
+            f"{path}: its clock steps back from {float(before):.2f} s to {float(time):.2f} s, as in recordings "
+            "that were joined end to end. Give the parts, or join them with new time stamps."
+        )

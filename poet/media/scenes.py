@@ -7,11 +7,12 @@ import itertools
 from collections.abc import Sequence
 from fractions import Fraction
 
+from av.audio.frame import AudioFrame
 from av.video.frame import VideoFrame
 
 from poet.errors import ConfigError, MediaError
 from poet.media.clip import Clip, exact_fps
-from poet.media.decoding import LEAD, check_whole, decoded, seek_before
+from poet.media.decoding import LEAD, decoded
 from poet.media.opening import MediaPath, OpenMedia, open_media
 from poet.media.picture import PictureFitter
 from poet.media.reading import assemble
@@ -32,8 +33,8 @@ def read_scenes(
 ) -> list[Clip]:
     """Read parts of a file that all last equally long, each with its picture and sound in step.
 
-    What comes out for a scene does not depend on the others that are read with it: pictures are those of `read_clip`
-    to the last value, sound is resampled from a quarter of a second before each scene on.
+    The pictures of a scene are those of `read_clip`, whichever others are read with it. Its sound is resampled from a
+    quarter of a second before it on; it lies where the packets' times say, which some formats round to milliseconds.
 
     Args:
         path: a local file, or a part of one.
@@ -56,7 +57,6 @@ def read_scenes(
     begins, rate = [Fraction(start) for start in starts], exact_fps(fps)
     with open_media(path) as media:
         scenes = [_Scene(media, begin, Fraction(duration), rate, height, width, sample_rate) for begin in begins]
-        seek_before(media, max(Fraction(0), begins[0] - LEAD))
         _decode(media, scenes)
         clips = [assemble(media, scene.sampler, scene.collector, scene.begin) for scene in scenes]
     wanted = scenes[0].num_frames
@@ -95,9 +95,14 @@ class _Scene:
         if media.audio is not None:
             self.collector = SampleCollector(media.name, sample_rate, begin, duration, duration)
 
-    def hears(self, time: Fraction, lasts: Fraction) -> bool:
-        """Whether a piece of sound matters here."""
-        return time + lasts > self.begin - LEAD and time < self._end
+    def hear(self, frame: AudioFrame, time: Fraction, lasts: Fraction) -> None:
+        """Take a piece of sound if it matters here."""
+        if self.collector is None or self.collector.is_done:
+            return
+        if time >= self._end:
+            self.collector.close()  # there is none between the scene and this
+        elif time + lasts > self.begin - LEAD:
+            self.collector.add(frame, time)
 
 
 def _decode(media: OpenMedia, scenes: Sequence[_Scene]) -> None:
@@ -111,7 +116,8 @@ def _decode(media: OpenMedia, scenes: Sequence[_Scene]) -> None:
     # The scenes ascend, so whoever has the last has them all.
     shortest = 1 / samplers[0].fps if samplers else Fraction(0)
     heard = Fraction(0)
-    for frame, time, lasts in decoded(media, sinks, shortest, lambda index: sinks[index][-1].is_done):
+    place = scenes[0].begin - LEAD
+    for frame, time, lasts in decoded(media, sinks, shortest, lambda index: sinks[index][-1].is_done, place):
         if isinstance(frame, VideoFrame):
             assert time is not None
             for sampler in samplers:
@@ -121,8 +127,4 @@ def _decode(media: OpenMedia, scenes: Sequence[_Scene]) -> None:
         time = heard if time is None else time
         heard = time + lasts
         for scene in scenes:
-            collector = scene.collector
-            if collector is not None and not collector.is_done and scene.hears(time, lasts):
-                collector.add(frame, time)
-    if not all(sink[-1].is_done for sink in sinks.values()):
-        check_whole(media, {index: sink[-1].end for index, sink in sinks.items()})
+            scene.hear(frame, time, lasts)
