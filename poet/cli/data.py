@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import time
+from collections.abc import Callable
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -57,7 +58,8 @@ def encode(
     duplicate_level: DuplicateLevel = None,
     duplicate_decibels: DuplicateDecibels = None,
     processes: Annotated[
-        int | None, typer.Option(min=0, help="That read files; as many as cores less one when left out.")
+        int | None,
+        typer.Option(min=0, help="That read files; as many as cores less one when left out. Not with --ray."),
     ] = None,
     ray: Annotated[
         str | None,
@@ -83,6 +85,8 @@ def encode(
 
     if ray is not None and device != "cpu":
         raise ConfigError(f"--ray encodes on CPUs, got --device {device}. Leave one of them out.")
+    if ray is not None and processes is not None:
+        raise ConfigError(f"--ray reads files in its own tasks, got --processes {processes}. Leave one of them out.")
     parse_device(device)
     bundle = Bundle.open(default_bundle() if model is None else model, require_model=False)
     size = bundle.generation_config
@@ -109,8 +113,9 @@ def encode(
         tasks = RayTasks(address=ray, num_cpus=ray_cpus)
     told: dict[str, Any] = {}
     clips: ClipSource
+    write_report: Callable[[], object] | None = None
     if options.asks_for_a_survey:
-        clips, told = open_footage(
+        clips, told, write_report = open_footage(
             source,
             output,
             bundle,
@@ -144,6 +149,7 @@ def encode(
             num_processes=num_processes,
             progress=lambda done, total: advance(done, total, ""),
             elsewhere=None if tasks is None else tasks.encoding(bundle.path, bundle.fingerprint),
+            accepted=write_report,
         )
     for key, reason in report.skipped:
         note(f"skipped {key}: {reason}")

@@ -3,14 +3,14 @@
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
 from poet.cli.output import note, progress
-from poet.errors import ConfigError
+from poet.errors import ConfigError, MediaError
 
 if TYPE_CHECKING:
     from poet.bundle import Bundle
@@ -116,6 +116,7 @@ class FootageOptions:
         from poet.data.scene_choice import DROPS, DropSettings
 
         drops = names_of(self.drop)
+        DropSettings(drops=[name for name in drops if name != "all"])  # refuses unknown names, also beside "all"
         if "all" in drops:
             drops = tuple(name for name in DROPS if has_sound or name != "silent")
         elif "silent" in drops and not has_sound:
@@ -135,8 +136,8 @@ def open_footage(
     count: int | None,
     num_processes: int,
     survey: SurveyMap | None = None,
-) -> tuple[FootageSource, dict[str, Any]]:
-    """Look files through, write the report, and open the scenes that are kept.
+) -> tuple[FootageSource, dict[str, Any], Callable[[], object]]:
+    """Look files through and open the scenes that are kept.
 
     Args:
         source: a folder, a manifest or archives.
@@ -150,14 +151,16 @@ def open_footage(
         survey: looks them through elsewhere.
 
     Returns:
-        The scenes, and what the command shall print about them.
+        The scenes, what the command shall print about them, and what writes the report. That is for the moment when
+        the directory has taken the scenes: the report on shards of other scenes must stay.
 
     Raises:
         ConfigError: options that cannot be used, or no files.
-        MediaError: no scene is kept.
+        MediaError: no scene is kept; the report says why, unless there are shards, whose report it then is.
     """
     from poet.data.footage import FootageSource, survey_footage
-    from poet.data.footage_report import write_report
+    from poet.data.footage_report import summarise, write_report
+    from poet.data.manifest import MANIFEST_NAME
     from poet.data.scene_measuring import SurveySettings
 
     if source.startswith(("toybox:", "toybox-films:")):
@@ -181,9 +184,15 @@ def open_footage(
             survey=survey,
             progress=lambda done, total: advance(done, total, ""),
         )
-    summary = write_report(footage, output)
+    summary = summarise(footage)
     for one in summary["unusable"]:
         note(f"skipped {one['key']}: {one['reason']}")
     told = {name: summary[name] for name in ("files", "unusable_files", "scenes", "dropped")}
-    clips = FootageSource(footage, height=size[0], width=size[1], start=start, count=count)
-    return clips, {**told, "report": str(output / "report.md")}
+    told |= {"files_of_an_earlier_run": footage.num_resumed, "report": str(output / "report.md")}
+    try:
+        clips = FootageSource(footage, height=size[0], width=size[1], start=start, count=count)
+    except MediaError:
+        if not (output / MANIFEST_NAME).exists():
+            write_report(footage, output)
+        raise
+    return clips, told, lambda: write_report(footage, output, clips.scenes)

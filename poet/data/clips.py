@@ -27,6 +27,7 @@ __all__ = [
     "missing_parts",
     "open_source",
     "survey_folder",
+    "too_short",
 ]
 
 REQUIREMENTS: Final = ("picture", "sound", "caption")
@@ -146,6 +147,11 @@ class FolderSource:
             raise
         return SourceClip(listed.key, clip, caption)
 
+    def places(self, indices: range) -> list[MediaPath]:
+        """The files that the clips of some numbers are read from, those of captions included."""
+        listed = [self._listed[index] for index in indices]
+        return [place for one in listed for place in (one.path, *(one.captions if one.caption is None else ()))]
+
     def _read(self, path: MediaPath, start: float) -> Clip:
         clip = read_clip(
             path,
@@ -157,10 +163,7 @@ class FolderSource:
             duration=None if self._num_frames is None else self._num_frames / self._fps,
         )
         if self._num_frames is not None and clip.frames is not None and len(clip.frames) != self._num_frames:
-            raise MediaError(
-                f"{path} must have at least {self._num_frames} frames at {self._fps} a second, got {len(clip.frames)}. "
-                "Leave it out, or ask for fewer frames."
-            )
+            raise too_short(path, self._num_frames, self._fps, len(clip.frames))
         return clip
 
 
@@ -189,6 +192,14 @@ def lacking(listed: Listing, missing: Collection[str]) -> MediaError:
     """The error for a clip that lacks something that is required."""
     return MediaError(
         f"{listed.path}: has no {' and no '.join(sorted(missing))}, which is required. Add it, or ask for less."
+    )
+
+
+def too_short(path: MediaPath, num_frames: int, fps: float, found: int) -> MediaError:
+    """The error for a file with fewer frames than a clip must have."""
+    return MediaError(
+        f"{path} must have at least {num_frames} frames at {fps} a second, got {found}. Leave it out, or ask for fewer "
+        "frames."
     )
 
 
@@ -306,7 +317,7 @@ def open_source(
 class _Range:
     """A part of a source."""
 
-    def __init__(self, source: ClipSource, start: int, count: int | None) -> None:
+    def __init__(self, source: FolderSource, start: int, count: int | None) -> None:
         count = len(source) - start if count is None else count
         if start < 0 or count < 1 or start + count > len(source):
             raise ConfigError(f"{source.name} has {len(source)} clips, got start={start} and count={count}.")
@@ -315,6 +326,10 @@ class _Range:
 
     def __len__(self) -> int:
         return self._count
+
+    def places(self, indices: range) -> list[MediaPath]:
+        """The files that the clips of some numbers are read from."""
+        return self._source.places(range(indices.start + self._start, indices.stop + self._start))
 
     def __getitem__(self, index: int) -> CaptionedClip:
         if not 0 <= index < self._count:

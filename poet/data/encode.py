@@ -115,6 +115,7 @@ def encode_source(
     device: str | torch.device = "cpu",
     num_processes: int = 0,
     elsewhere: RangeMap | None = None,
+    accepted: Callable[[], object] | None = None,
 ) -> EncodeReport:
     """Encode a source into a directory of token shards, or finish a directory that was begun.
 
@@ -129,6 +130,7 @@ def encode_source(
         num_processes: that read clips; 0 reads in one thread of this process, which is enough while encoding a clip
             takes as long as reading it.
         elsewhere: reads and encodes whole ranges in other places; this process only writes them down.
+        accepted: called when the directory has taken the source, before anything is encoded.
 
     Raises:
         MediaError: not one clip of the source can be read; nothing is left behind then.
@@ -156,6 +158,8 @@ def encode_source(
         ) as writer,
         contextlib.ExitStack() as stack,
     ):
+        if accepted is not None:
+            accepted()
         num_resumed, begun = writer.manifest.count, writer.next_index
         ranges = [range(start, min(start + shard_size, total)) for start in range(begun, total, shard_size)]
 

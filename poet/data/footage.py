@@ -1,8 +1,8 @@
 """Footage as a source of clips: files are looked through first, their good scenes chosen, and these read as clips.
 
-What is found out about each file goes into a journal beside the shards, a line a file, as soon as it is known. A run
-that was stopped goes on behind the last line; one that was finished opens no file again. Which scenes are chosen
-follows from the journal and the levels alone, so other levels need no new look at the files.
+What is found out about each file goes into a journal beside the shards, a line a file, in the order of the files. A
+run that was stopped goes on behind the last line; one that was finished opens no file again. Which scenes are chosen
+follows from the journal, the captions and the levels alone, so other levels or words need no new look at the files.
 """
 
 from __future__ import annotations
@@ -16,20 +16,19 @@ from pathlib import Path
 from typing import Any, Final
 
 from poet.data.clips import SourceClip
-from poet.data.listing import Listing, list_clips
-from poet.data.manifest import MANIFEST_NAME
+from poet.data.footage_journal import Journal
+from poet.data.listing import Listing, list_clips, read_caption
 from poet.data.readahead import Unreadable, read_ahead
-from poet.data.scene_choice import Choice, DropSettings, choose_scenes
+from poet.data.scene_choice import Choice, ChosenScene, DropSettings, choose_scenes
 from poet.data.scene_facts import FileFacts
-from poet.data.scene_measuring import SurveySettings, look_through, stamp_of
+from poet.data.scene_measuring import SurveySettings, look_through
 from poet.data.shards import lock_directory
+from poet.data.stamps import Stamp, file_stamp
 from poet.errors import CheckpointError, ConfigError, MediaError
-from poet.media import read_scenes
+from poet.media import MediaPath, read_scenes
 
-__all__ = ["JOURNAL_NAME", "FileSurveys", "Footage", "FootageSource", "SurveyMap", "scene_key", "survey_footage"]
+__all__ = ["FileSurveys", "Footage", "FootageSource", "SurveyMap", "scene_key", "survey_footage"]
 
-JOURNAL_NAME: Final = "footage.jsonl"
-_VERSION: Final = 1
 _RUN_LENGTH: Final = 8  # scenes read in one pass over their file: 17 seconds of nano's
 
 SurveyMap = Callable[["FileSurveys"], Any]
@@ -43,7 +42,7 @@ class Footage:
     Attributes:
         path: what was named.
         listed: the files.
-        facts: of each.
+        facts: of each, with its caption.
         choice: the scenes.
         settings: how they were looked through.
         drops: how scenes were chosen.
@@ -83,7 +82,7 @@ def survey_footage(
     Raises:
         ConfigError: there are no files, or the shards in the directory were begun with other settings.
         CheckpointError: the directory cannot be written, or another process writes there.
-        MediaError: no scene is left; `facts` of the files are in the journal.
+        MediaError: a process or machine that looked through files was lost; what it had found out is kept.
     """
     path, directory = Path(path), Path(directory)
     listed = tuple(list_clips(path))
@@ -93,13 +92,16 @@ def survey_footage(
         try:
             directory.mkdir(parents=True, exist_ok=True)
             stack.enter_context(lock_directory(directory))
-            journal = stack.enter_context(_Journal(directory, settings))
+            journal = stack.enter_context(Journal(directory, settings))
         except OSError as error:
             raise CheckpointError(
                 f"{directory} cannot be written: {error.strerror}. Choose another directory for the shards."
             ) from error
-        missing = [one for one in listed if not journal.knows(one)]
-        surveys = FileSurveys(missing, settings)
+        names = [(one.key, file_stamp(one.path)) for one in listed]
+        num_resumed = sum(name in journal.facts for name in names)
+        # Rows of a manifest may name one file several times.
+        missing = {name: one for name, one in zip(names, listed, strict=True) if name not in journal.facts}
+        surveys = FileSurveys(tuple(missing.values()), tuple(stamp for _, stamp in missing), settings)
         num_known = len(listed) - len(missing)
         found = survey(surveys) if survey is not None and missing else read_ahead(surveys, 0, 2, num_processes)
         with contextlib.closing(found) as items:
@@ -109,7 +111,7 @@ def survey_footage(
                 journal.add(facts)
                 if progress is not None:
                     progress(done, len(listed))
-        known = tuple(journal.facts[one.key] for one in listed)
+        known = tuple(_captioned(journal.facts[name], one) for name, one in zip(names, listed, strict=True))
     return Footage(
         path=path,
         listed=listed,
@@ -117,15 +119,32 @@ def survey_footage(
         choice=choose_scenes(known, drops),
         settings=settings,
         drops=drops,
-        num_resumed=num_known,
+        num_resumed=num_resumed,
     )
+
+
+def _captioned(facts: FileFacts, listed: Listing) -> FileFacts:
+    if facts.problem is not None:
+        return facts
+    try:
+        return dataclasses.replace(facts, caption=read_caption(listed))
+    except MediaError as error:
+        return FileFacts(key=facts.key, stamp=facts.stamp, problem=str(error))
 
 
 @dataclasses.dataclass(frozen=True)
 class FileSurveys:
-    """What is found out about files, by number."""
+    """What is found out about files, by number.
+
+    Attributes:
+        listed: the files.
+        stamps: of each, as it was when it was listed.
+        settings: how they are looked through.
+        name: for messages.
+    """
 
     listed: Sequence[Listing]
+    stamps: Sequence[Stamp]
     settings: SurveySettings
     name: str = "footage"
 
@@ -133,66 +152,7 @@ class FileSurveys:
         return len(self.listed)
 
     def __getitem__(self, index: int) -> FileFacts:
-        return look_through(self.listed[index], self.settings)
-
-
-class _Journal:
-    """The file of facts: a line that says how files were looked through, then one for each file."""
-
-    def __init__(self, directory: Path, settings: SurveySettings) -> None:
-        self.facts: dict[str, FileFacts] = {}
-        path = directory / JOURNAL_NAME
-        head = {"version": _VERSION, "settings": dataclasses.asdict(settings)}
-        lines = path.read_bytes().split(b"\n") if path.exists() else []
-        whole = b"".join(line + b"\n" for line in lines[:-1])  # a killed writer leaves the last line without its end
-        begun = _parse_head(lines[0]) if len(lines) > 1 else None
-        if begun is not None and begun != head and (directory / MANIFEST_NAME).exists():
-            raise ConfigError(
-                f"the files of {directory} were looked through with {begun['settings']}, got {head['settings']}. Go on "
-                "with the same settings, or choose another directory."
-            )
-        if begun == head:
-            for line in lines[1:-1]:
-                with contextlib.suppress(ValueError, KeyError, TypeError):
-                    facts = FileFacts.from_json(line.decode())
-                    self.facts[facts.key] = facts
-        else:
-            whole = json.dumps(head).encode() + b"\n"
-        part = path.with_name(f"{path.name}.part")
-        if not path.exists() or path.read_bytes() != whole:
-            part.write_bytes(whole)
-            part.replace(path)
-        self._file = path.open("ab")
-
-    def knows(self, listed: Listing) -> bool:
-        """Whether the file has been looked through, and has not changed since."""
-        facts = self.facts.get(listed.key)
-        return facts is not None and facts.stamp == stamp_of(listed)
-
-    def add(self, facts: FileFacts) -> None:
-        """Keep what was found out; it is in the file when this returns."""
-        try:
-            self._file.write(facts.to_json().encode() + b"\n")
-            self._file.flush()
-        except OSError as error:
-            raise CheckpointError(
-                f"{self._file.name} could not be written: {error.strerror}. Make room and start again."
-            ) from error
-        self.facts[facts.key] = facts
-
-    def __enter__(self) -> _Journal:
-        return self
-
-    def __exit__(self, *details: object) -> None:
-        self._file.close()
-
-
-def _parse_head(line: bytes) -> dict[str, Any] | None:
-    try:
-        head = json.loads(line)
-        return head if isinstance(head, dict) and "settings" in head else None
-    except ValueError:
-        return None
+        return look_through(self.listed[index], self.settings, self.stamps[index])
 
 
 def scene_key(key: str, start: float, seconds: float, is_whole: bool) -> str:
@@ -240,6 +200,15 @@ class FootageSource:
 
     def __len__(self) -> int:
         return len(self._scenes)
+
+    @property
+    def scenes(self) -> tuple[ChosenScene, ...]:
+        """What the clips are read from, in their order."""
+        return self._scenes
+
+    def places(self, indices: range) -> list[MediaPath]:
+        """The files that the clips of some numbers are read from."""
+        return [self._listed[file].path for file in sorted({self._scenes[index].file for index in indices})]
 
     @property
     def run_length(self) -> int:

@@ -76,7 +76,9 @@ def _key(footage: Footage, scene: ChosenScene | DroppedScene) -> str:
     return scene_key(footage.listed[scene.file].key, scene.start, settings.scene_seconds, settings.split is None)
 
 
-def write_report(footage: Footage, directory: str | Path) -> dict[str, Any]:
+def write_report(
+    footage: Footage, directory: str | Path, scenes: Sequence[ChosenScene] | None = None
+) -> dict[str, Any]:
     """Write report.json, report.md, the sheets and scenes.jsonl, a manifest of what is kept, into a directory.
 
     What is there already is left alone.
@@ -84,6 +86,7 @@ def write_report(footage: Footage, directory: str | Path) -> dict[str, Any]:
     Args:
         footage: what became of the files.
         directory: of the shards.
+        scenes: those that scenes.jsonl lists; all that are kept when left out.
 
     Returns:
         What `summarise` says.
@@ -94,35 +97,48 @@ def write_report(footage: Footage, directory: str | Path) -> dict[str, Any]:
     directory, summary = Path(directory), summarise(footage)
     text = json.dumps(summary, indent=1, ensure_ascii=False) + "\n"
     try:
-        if (directory / REPORT_NAME).exists() and (directory / REPORT_NAME).read_text(encoding="utf-8") == text:
-            return summary
+        is_another = _read(directory / REPORT_NAME) != text
         for reason in DROPS:
-            scenes = [scene for scene in footage.choice.dropped if scene.reason == reason][:_SHOWN]
+            shown = [scene for scene in footage.choice.dropped if scene.reason == reason][:_SHOWN]
             sheet = directory / f"dropped-{reason}.png"
-            if scenes:
-                _write_sheet(footage, scenes, sheet)
-            else:
+            if not shown:
                 sheet.unlink(missing_ok=True)
-        (directory / "report.md").write_text("\n".join(_lines(summary)) + "\n", encoding="utf-8")
-        _write_scenes(footage, directory / SCENES_NAME)
-        # Last, as it says that the rest is there.
-        (directory / REPORT_NAME).write_text(text, encoding="utf-8")
+            elif is_another or not sheet.exists():
+                _write_sheet(footage, shown, sheet)
+        _write(directory / "report.md", "\n".join(_lines(summary)) + "\n")
+        _write(directory / SCENES_NAME, _scene_lines(footage, footage.choice.chosen if scenes is None else scenes))
+        # Last, as it says that the sheets are there.
+        _write(directory / REPORT_NAME, text)
     except OSError as error:
         raise CheckpointError(f"the report in {directory} cannot be written: {error}. Make room.") from error
     return summary
 
 
-def _write_scenes(footage: Footage, path: Path) -> None:
-    """The kept scenes as a manifest, for whoever needs their pictures; not of archives, whose files have no path."""
+def _read(path: Path) -> str | None:
+    try:
+        return path.read_text(encoding="utf-8")
+    except (FileNotFoundError, UnicodeDecodeError):
+        return None
+
+
+def _write(path: Path, text: str | None) -> None:
+    """Write a file unless it holds that already; None takes it away."""
+    if text is None:
+        path.unlink(missing_ok=True)
+    elif _read(path) != text:
+        path.write_text(text, encoding="utf-8")
+
+
+def _scene_lines(footage: Footage, scenes: Sequence[ChosenScene]) -> str | None:
+    """Scenes as a manifest, for whoever needs their pictures; none of archives, whose files have no path."""
     lines = []
-    for scene in footage.choice.chosen:
+    for scene in scenes:
         place = footage.listed[scene.file].path
         if isinstance(place, FilePart):
-            path.unlink(missing_ok=True)
-            return
+            return None
         said = {"path": str(Path(place).resolve()), "start": scene.start, "caption": scene.caption}
         lines.append(json.dumps(said, ensure_ascii=False) + "\n")
-    path.write_text("".join(lines), encoding="utf-8")
+    return "".join(lines)
 
 
 def _lines(summary: dict[str, Any]) -> list[str]:

@@ -11,6 +11,7 @@ import csv
 import dataclasses
 import json
 import math
+import re
 import tarfile
 from collections.abc import Iterator
 from pathlib import Path
@@ -27,6 +28,7 @@ MEDIA_SUFFIXES: Final = frozenset(
 """Files that a folder is searched for. A manifest may name any file."""
 
 _MAX_CAPTION_BYTES: Final = 1 << 20
+_SURROGATES: Final = re.compile("[\ud800-\udfff]")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -80,7 +82,7 @@ def list_clips(path: str | Path) -> list[Listing]:
         raise ConfigError(
             f"{path} must hold at least one clip, got none. Known files: {sorted(MEDIA_SUFFIXES)}, alone or in .tar."
         )
-    return found
+    return [_usable(one) for one in found]
 
 
 def media_files(folder: Path) -> list[Path]:
@@ -134,9 +136,31 @@ def _read_text(place: MediaPath) -> str | None:
 def _caption_of_json(text: str) -> str | None:
     fields = json.loads(text)
     caption = fields.get("caption") if isinstance(fields, dict) else None
-    if not isinstance(fields, dict) or not isinstance(caption, str | None):
+    if not isinstance(fields, dict) or not isinstance(caption, str | None) or not _is_text(caption or ""):
         raise ValueError('it must be a JSON object whose "caption" is a text')
     return caption
+
+
+def _usable(one: Listing) -> Listing:
+    """With an absolute path, which means the same in every process; a name that is no text becomes a problem."""
+    one = dataclasses.replace(one, path=_absolute(one.path), captions=tuple(map(_absolute, one.captions)))
+    if _is_text(one.key):
+        return one
+    key = _SURROGATES.sub("\ufffd", one.key)
+    return dataclasses.replace(
+        one, key=key, captions=(), problem=f"{key}: its name must be text in UTF-8. Rename the file."
+    )
+
+
+def _absolute(place: MediaPath) -> MediaPath:
+    if isinstance(place, FilePart):
+        return dataclasses.replace(place, path=place.path.absolute())
+    return Path(place).absolute()
+
+
+def _is_text(text: str) -> bool:
+    """Whether it can be written down: bytes of a name that are no UTF-8 are lone surrogates in Python."""
+    return _SURROGATES.search(text) is None
 
 
 def _listed(path: Path, key: str, caption: str | None = None) -> Listing:
@@ -160,6 +184,8 @@ def _list_archive(path: Path, name: str) -> list[Listing]:
     clips: list[tuple[str, tarfile.TarInfo]] = []
     for member in members:
         folder, slash, file = member.name.rpartition("/")
+        if file.startswith("."):  # as in folders
+            continue
         stem, _, kind = file.partition(".")
         sample = f"{folder}{slash}{stem}"
         if f".{kind.lower().rpartition('.')[2]}" in MEDIA_SUFFIXES:
@@ -189,8 +215,8 @@ def _read_manifest(path: Path) -> Iterator[Listing]:
                 name, caption = row.get("path"), row.get("caption")
                 if not isinstance(name, str) or not name:
                     raise ConfigError(f"entry {number} of {path} must have a path, got {row}.")
-                if not isinstance(caption, str | None):
-                    raise ConfigError(f"the caption of entry {number} of {path} must be a text, got {caption!r}.")
+                if not isinstance(caption, str | None) or not _is_text(caption or ""):
+                    raise ConfigError(f"the caption of entry {number} of {path} must be a text, got {caption!a}.")
                 start = _start_of(row, f"entry {number} of {path}")
                 key = f"{name}#t={start:.3f}" if start else name  # as in W3C's Media Fragments URI
                 yield dataclasses.replace(
@@ -205,10 +231,10 @@ def _start_of(row: dict[str, object], entry: str) -> float:
     said = row.get("start")
     try:
         start = 0.0 if said is None or said == "" else float(said)  # type: ignore[arg-type]
-    except (TypeError, ValueError):
+    except (TypeError, ValueError, OverflowError):
         start = math.nan
     if not 0 <= start < math.inf:
-        raise ConfigError(f"the start of {entry} must be seconds, 0 or more, got {said!r}.")
+        raise ConfigError(f"the start of {entry} must be seconds, 0 or more, got {str(said)[:80]}.")
     return start
 
 

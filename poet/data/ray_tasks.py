@@ -1,8 +1,9 @@
 """Footage looked through and clips encoded by the machines of a Ray cluster, with the results of one machine.
 
 A task is a file to look through, or a range of clips to encode, which becomes one file of shards. The machines need
-Poet, the bundle and the footage at the paths they have here. Results come back in order, so journal, shards and
-manifest are written by this process alone; what is lost with a machine is done again by another.
+Poet, the bundle and the footage at the paths they have here; a machine that has other files, or none, ends the work.
+Results come back in order, so journal, shards and manifest are written by this process alone; what is lost with a
+machine is done again by another.
 """
 
 from __future__ import annotations
@@ -10,18 +11,21 @@ from __future__ import annotations
 import contextlib
 import dataclasses
 from collections import deque
-from collections.abc import Callable, Generator, Iterator, Sequence
+from collections.abc import Callable, Generator, Iterator, Mapping, Sequence
 from pathlib import Path
-from typing import Any, Final
+from typing import Any, Final, Protocol, runtime_checkable
 
 from poet.data.clips import ClipSource
 from poet.data.encode import EncodedRange, RangeEncoder
 from poet.data.footage import FileSurveys
+from poet.data.listing import Listing
 from poet.data.ray_cluster import connected, import_ray, reason_behind
 from poet.data.readahead import read_ahead
 from poet.data.scene_facts import FileFacts
-from poet.data.scene_measuring import look_through
+from poet.data.scene_measuring import SurveySettings, look_through
+from poet.data.stamps import Stamp, check_stamps, stamps_of
 from poet.errors import ConfigError, MediaError, PoetError
+from poet.media import MediaPath
 
 __all__ = ["RayTasks"]
 
@@ -53,7 +57,8 @@ class RayTasks:
 
     def survey(self, surveys: FileSurveys) -> Generator[FileFacts, None, None]:
         """Look files through, each in a task of its own; a `poet.data.footage.SurveyMap`."""
-        yield from self._map(look_through, ((listed, surveys.settings) for listed in surveys.listed), None)
+        files = zip(surveys.listed, surveys.stamps, strict=True)
+        yield from self._map(_look_through, ((listed, surveys.settings, stamp) for listed, stamp in files), None)
 
     def encoding(
         self, bundle: Path, fingerprint: str
@@ -67,7 +72,9 @@ class RayTasks:
 
         def encode(source: ClipSource, ranges: Sequence[range], batch_size: int) -> Generator[EncodedRange, None, None]:
             job = _EncodingJob(source, bundle.resolve(), fingerprint, batch_size)
-            yield from self._map(_encode, ((indices,) for indices in ranges), job)
+            files = (source.places(one) if isinstance(source, _OfFiles) else () for one in ranges)
+            tasks = ((one, stamps_of(places)) for one, places in zip(ranges, files, strict=True))
+            yield from self._map(_encode, tasks, job)
 
         return encode
 
@@ -116,6 +123,20 @@ def _result(ray: Any, reference: Any) -> Any:
         ) from error
 
 
+@runtime_checkable
+class _OfFiles(Protocol):
+    """A source whose clips lie in files that a machine may lack."""
+
+    def places(self, indices: range) -> Sequence[MediaPath]:
+        """The files that the clips of some numbers are read from."""
+
+
+def _look_through(listed: Listing, settings: SurveySettings, stamp: Stamp) -> FileFacts:
+    """In a process of the cluster: look a file through."""
+    check_stamps({listed.path: stamp})
+    return look_through(listed, settings, stamp)
+
+
 @dataclasses.dataclass(frozen=True)
 class _EncodingJob:
     source: ClipSource
@@ -128,8 +149,9 @@ _opened: dict[Any, tuple[_EncodingJob, RangeEncoder]] = {}
 """The job that this process works on, once it has been fetched, and its tokenizers."""
 
 
-def _encode(job: list[Any], indices: range) -> EncodedRange:
+def _encode(job: list[Any], indices: range, stamps: Mapping[MediaPath, Stamp]) -> EncodedRange:
     """In a process of the cluster: read and encode a range."""
+    check_stamps(stamps)
     import ray
 
     [reference] = job

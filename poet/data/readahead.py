@@ -73,7 +73,7 @@ def read_ahead(
     Args:
         source: where they are read; picklable if there are processes. One that is `InRuns` is read in runs.
         start: number of the first.
-        lookahead: things that may wait in memory, but at least two runs for each process.
+        lookahead: things that may wait in memory, but at least two, and a run, for each process.
         num_processes: 0 reads in one thread of this process.
         stride: no run crosses a multiple of it, so that what is read together does not depend on `start` where that
             is one.
@@ -95,13 +95,13 @@ def read_ahead(
         executor = ThreadPoolExecutor(1, thread_name_prefix="clips")
         read = _Reading(source)
     run_length = source.run_length if isinstance(source, InRuns) else 1
-    most = max(1, lookahead // run_length, 2 * num_processes)
+    most = max(1, num_processes, max(lookahead, 2 * num_processes) // run_length)
     pending: deque[Future[Sequence[_Item | Unreadable]]] = deque()
     try:
         for run in runs_of(range(start, len(source) if stop is None else stop), run_length, stride):
+            ready = pending.popleft().result() if len(pending) == most else ()
             pending.append(executor.submit(read, run))
-            if len(pending) == most:
-                yield from pending.popleft().result()
+            yield from ready
         while pending:
             yield from pending.popleft().result()
     except BrokenExecutor as error:

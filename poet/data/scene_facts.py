@@ -70,11 +70,11 @@ class FileFacts:
 
     Attributes:
         key: what it is called.
-        stamp: sizes and times of the files that this was read from; others mean that it must be read again.
+        stamp: size and time of the file that this was read from; others mean that it must be read again.
         duration: seconds.
         has_picture: whether it holds one.
         has_sound: whether it holds any.
-        caption: its own.
+        caption: its own, which is added where it is listed and is not known from the journal.
         num_cuts: shot cuts that were found.
         left_over: seconds behind the last whole scene of each shot.
         scenes: in the order of time.

@@ -13,17 +13,18 @@ import itertools
 import math
 from collections.abc import Sequence
 from fractions import Fraction
-from pathlib import Path
 from typing import Final
 
 import numpy as np
 from numpy.typing import NDArray
 
-from poet.data.listing import Listing, read_caption
+from poet.data.clips import too_short
+from poet.data.listing import Listing
 from poet.data.scene_facts import SOUND_SHAPE, FileFacts, SceneFacts
 from poet.data.shot_cuts import SHOT_THRESHOLD, ShotCuts
+from poet.data.stamps import Stamp, file_stamp
 from poet.errors import ConfigError, MediaError, PoetError
-from poet.media import FilePart, HeardSound, SeenPicture, scan_media
+from poet.media import HeardSound, SeenPicture, scan_media
 
 __all__ = ["SPLITS", "SurveySettings", "look_through", "stamp_of"]
 
@@ -73,23 +74,13 @@ class SurveySettings:
         return self.num_frames / self.fps
 
 
-def stamp_of(listed: Listing) -> tuple[int, ...]:
-    """Sizes and times of a clip's file and caption, by which a change is noticed unread; 0 where one is not there."""
-    stamp: list[int] = []
-    for place in (listed.path, *listed.captions):
-        try:
-            status = (place.path if isinstance(place, FilePart) else Path(place)).stat()
-            stamp += [status.st_size, status.st_mtime_ns]
-        except OSError:
-            stamp += [0, 0]
-        if isinstance(place, FilePart):
-            stamp += [place.offset, place.size]
-    return tuple(stamp)
+def stamp_of(listed: Listing) -> Stamp:
+    """The stamps of a clip's file and of the files that may hold its caption."""
+    return tuple(number for place in (listed.path, *listed.captions) for number in file_stamp(place))
 
 
-def look_through(listed: Listing, settings: SurveySettings) -> FileFacts:
-    """Look a file through. What is wrong with it becomes its `problem`; nothing is raised."""
-    stamp = stamp_of(listed)
+def look_through(listed: Listing, settings: SurveySettings, stamp: Stamp) -> FileFacts:
+    """Look a file through, but for its caption. What is wrong with it becomes its `problem`; nothing is raised."""
     try:
         if listed.problem is not None:
             raise MediaError(listed.problem)
@@ -98,9 +89,8 @@ def look_through(listed: Listing, settings: SurveySettings) -> FileFacts:
         return FileFacts(key=listed.key, stamp=stamp, problem=str(error))
 
 
-def _look_through(listed: Listing, settings: SurveySettings, stamp: tuple[int, ...]) -> FileFacts:
+def _look_through(listed: Listing, settings: SurveySettings, stamp: Stamp) -> FileFacts:
     length = settings.scene_seconds
-    caption = read_caption(listed)
     pictures, sounds = _Pictures(), _Sounds(settings.sample_rate)
     cuts = ShotCuts(settings.shot_threshold) if settings.split == "shots" else None
     needed = Fraction(length) if settings.split is None else None
@@ -125,10 +115,7 @@ def _look_through(listed: Listing, settings: SurveySettings, stamp: tuple[int, .
         starts = starts[:1]
     if not starts and settings.split is None:
         found_frames = math.floor(end * settings.fps + 0.5)
-        raise MediaError(
-            f"{listed.path} must have at least {settings.num_frames} frames at {settings.fps} a second, got "
-            f"{found_frames}. Leave it out, or ask for fewer frames."
-        )
+        raise too_short(listed.path, settings.num_frames, settings.fps, found_frames)
     if not starts:
         raise MediaError(
             f"{listed.path}: none of its {len(times) + 1} shots lasts the {length:g} s of a scene. Leave it out, or "
@@ -145,7 +132,6 @@ def _look_through(listed: Listing, settings: SurveySettings, stamp: tuple[int, .
         duration=round(end, 3),
         has_picture=has_picture,
         has_sound=has_sound,
-        caption=caption,
         num_cuts=len(times),
         left_over=0.0 if settings.split is None else round(max(0.0, end - len(starts) * length), 3),
         scenes=tuple(scenes),
@@ -155,7 +141,7 @@ def _look_through(listed: Listing, settings: SurveySettings, stamp: tuple[int, .
 def _cut(times: Sequence[float], end: float, length: float) -> list[float]:
     """Where scenes begin, each wholly within a shot."""
     starts: list[float] = []
-    for begin, stop in itertools.pairwise([0.0, *(time for time in times if 0 < time < end), end]):
+    for begin, stop in itertools.pairwise([0.0, *sorted({time for time in times if 0 < time < end}), end]):
         count = math.floor((stop - begin + _ROUNDING) / length)
         starts += [begin + number * length for number in range(count)]
     return starts
@@ -172,8 +158,6 @@ class _Pictures:
         self._before: NDArray[np.float32] | None = None
 
     def add(self, seen: SeenPicture) -> None:
-        if self._times and float(seen.time) <= self._times[-1]:
-            return  # as in reading: a picture that steps back is dropped
         edge = _SIDE // _FINE_PARTS
         fine = seen.pixels.reshape(_FINE_PARTS, edge, _FINE_PARTS, edge, 3).mean((1, 3), dtype=np.float32)
         self._changes.append(0.0 if self._before is None else float(np.abs(fine - self._before).max()))
@@ -187,15 +171,15 @@ class _Pictures:
         if not self._times:
             return SceneFacts(start=start)
         times = np.asarray(self._times)
-        first = min(int(np.searchsorted(times, start - _ROUNDING)), len(times) - 1)
-        stop = max(first + 1, int(np.searchsorted(times, start + length - _ROUNDING)))
+        # As in reading, a picture is shown where it is the nearest, so the first may have come before the scene.
+        ticks = [start, start + length / 2, start + length - 1 / fps]
+        shown = np.searchsorted((times[:-1] + times[1:]) / 2, ticks)
+        first, stop = int(shown[0]), int(shown[-1]) + 1
         colours = np.frombuffer(self._colours, np.uint8).reshape(-1, _PARTS, _PARTS, 3)
         inside = colours[first:stop].astype(np.float32)
         brightest = (inside @ _GRAY).max((1, 2))
         drift = float(np.abs(inside - inside[0]).max())
         jumps = max(self._changes[first + 1 : stop], default=0.0)
-        ticks = [start, start + length / 2, start + length - 1 / fps]
-        shown = [int(np.clip(np.searchsorted(times, tick + _ROUNDING, "right") - 1, first, stop - 1)) for tick in ticks]
         return SceneFacts(
             start=start,
             brightness=float(np.median(brightest)),

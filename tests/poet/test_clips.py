@@ -160,6 +160,8 @@ def test_a_file_that_cannot_be_read_is_named(folder: Path, damage: str) -> None:
         ("l.csv", "path,start\nb.mp4,soon\n", "start of entry 1"),
         ("l.jsonl", '{"path": "b.mp4", "start": -1}\n', "start of entry 1"),
         ("l.jsonl", '{"path": "b.mp4", "start": [1]}\n', "start of entry 1"),
+        ("l.jsonl", f'{{"path": "b.mp4", "start": {"9" * 400}}}\n', "start of entry 1"),
+        ("l.jsonl", '{"path": "b.mp4", "caption": "\\ud800"}\n', "caption of entry 1"),
         ("l.txt", "b.mp4", "manifest"),
     ],
 )

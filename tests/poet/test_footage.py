@@ -1,15 +1,23 @@
 """Films are cut where they cut, every scene keeps its own sound, and what teaches nothing is named and left out."""
 
+import dataclasses
 import json
 import pickle
+import time
+from concurrent.futures import ThreadPoolExecutor
+from fractions import Fraction
 from pathlib import Path
+from typing import Any
 
+import av
 import numpy as np
 import pytest
 from numpy.typing import NDArray
 
+from poet.data import readahead
 from poet.data.clips import open_source
-from poet.data.footage import JOURNAL_NAME, FileSurveys, Footage, FootageSource, survey_footage
+from poet.data.footage import FileSurveys, Footage, FootageSource, survey_footage
+from poet.data.footage_journal import journal_name
 from poet.data.footage_report import write_report
 from poet.data.readahead import Unreadable, runs_of
 from poet.data.scene_choice import DROPS, DropSettings
@@ -248,30 +256,93 @@ def test_files_are_looked_through_once_and_those_that_changed_again(
     looked: list[str] = []
     monkeypatch.setattr(
         "poet.data.footage.look_through",
-        lambda listed, how: looked.append(listed.key) or FileFacts(key=listed.key, stamp=(1,), problem="looked"),
+        lambda listed, how, stamp: looked.append(listed.key) or FileFacts(key=listed.key, stamp=stamp, problem="new"),
     )
     again = look(folder, tmp_path / "out")
     assert (looked, again.num_resumed) == ([], 3)
     assert FootageSource(again, **SIZE).name == FootageSource(first, **SIZE).name
     assert FootageSource(again, **SIZE)[0].caption == "red waves"
     # A journal whose last line was torn by a kill loses that line alone.
-    journal = tmp_path / "out" / JOURNAL_NAME
+    journal = tmp_path / "out" / journal_name(settings())
     journal.write_bytes(journal.read_bytes()[:-40])
     look(folder, tmp_path / "out")
     assert looked == ["2.mp4"]
+    assert look(folder, tmp_path / "out").num_resumed == 3
     (folder / "0.txt").write_text("other words")
     (folder / "1.mp4").write_bytes(b"x" * 77)
-    look(folder, tmp_path / "out")
-    assert looked == ["2.mp4", "0.mp4", "1.mp4", "2.mp4"]
+    changed = look(folder, tmp_path / "out")
+    assert looked == ["2.mp4", "1.mp4"]
+    # Other words need no look at the film, but make another source.
+    scenes = FootageSource(changed, **SIZE)
+    assert {scenes[index].caption for index in range(len(scenes))} == {"other words"}
+    (folder / "0.txt").write_text("red waves")
+    assert FootageSource(look(folder, tmp_path / "out"), **SIZE).name != scenes.name
+    (folder / "0.txt").write_bytes(b"\xff\xfe\xff")
+    assert "must be a caption" in look(folder, tmp_path / "out").choice.unusable[0]
+    assert looked == ["2.mp4", "1.mp4"]
 
 
-def test_other_settings_are_refused_once_there_are_shards_and_taken_before(tmp_path: Path) -> None:
+def test_other_settings_are_refused_once_there_are_shards_and_kept_beside_each_other_before(tmp_path: Path) -> None:
     film(tmp_path / "in" / "a.mp4", ("red", 1.3, 500))
-    look(tmp_path / "in", tmp_path / "out")
-    assert starts(look(tmp_path / "in", tmp_path / "out", split=None)) == [0.0]
+    first = look(tmp_path / "in", tmp_path / "out")
+    other = look(tmp_path / "in", tmp_path / "out", split=None)
+    assert (starts(other), other.num_resumed) == ([0.0], 0)
+    again = look(tmp_path / "in", tmp_path / "out")
+    assert (starts(again), again.num_resumed) == (starts(first), 1)
     (tmp_path / "out" / "manifest.json").write_text("{}")
     with pytest.raises(ConfigError, match="same settings"):
-        look(tmp_path / "in", tmp_path / "out", split="shots")
+        look(tmp_path / "in", tmp_path / "out", split="length")
+
+
+def test_rows_of_one_film_keep_the_words_of_their_own(tmp_path: Path) -> None:
+    film(tmp_path / "a.mp4", ("red", 0.7, 500))
+    (tmp_path / "a.txt").write_text("of the file")
+    rows = [{"path": "a.mp4", "caption": "one"}, {"path": "a.mp4"}, {"path": "a.mp4", "caption": "two"}]
+    names = []
+    for words in ("two", "three"):
+        rows[2]["caption"] = words
+        (tmp_path / "list.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+        footage = look(tmp_path / "list.jsonl", tmp_path / "out")
+        scenes = FootageSource(footage, **SIZE)
+        assert [scenes[index].caption for index in range(3)] == ["one", "of the file", words]
+        names.append(scenes.name)
+    assert footage.num_resumed == 3
+    assert names[0] != names[1]
+    assert (tmp_path / "out" / journal_name(settings())).read_text().count("\n") == 2
+
+
+def test_a_torn_journal_is_cut_where_its_last_line_is_whole(tmp_path: Path) -> None:
+    for number in range(3):
+        film(tmp_path / "in" / f"{number}.mp4", ("red", 0.7, 500), seed=number)
+    look(tmp_path / "in", tmp_path / "out")
+    journal = tmp_path / "out" / journal_name(settings())
+    whole = journal.read_bytes()
+    for torn, known in ((whole[:-9], 2), (whole[:20], 0), (b"", 0), (b"other words\n" + whole, 0)):
+        journal.write_bytes(torn)
+        assert look(tmp_path / "in", tmp_path / "out").num_resumed == known
+        assert journal.read_bytes() == whole
+
+
+def test_a_scene_begins_with_the_picture_that_is_held_there(tmp_path: Path) -> None:
+    """A slideshow whose pictures change within the second and fourth of its scenes, long after these began."""
+    (tmp_path / "in").mkdir()
+    with av.open(tmp_path / "in" / "a.mkv", "w") as container:
+        stream: Any = container.add_stream("libx264", rate=1000)
+        stream.height, stream.width, stream.pix_fmt = 48, 64, "yuv420p"
+        for shade, milliseconds in ((0, 0), (0, 500), (255, 900), (255, 1600), (0, 2300), (0, 2600)):
+            frame = av.VideoFrame.from_ndarray(np.full((48, 64, 3), shade, np.uint8))
+            frame.pts, frame.time_base = milliseconds, Fraction(1, 1000)
+            container.mux(stream.encode(frame))
+        container.mux(stream.encode(None))
+    scenes = FootageSource(look(tmp_path / "in", tmp_path / "out", split="length"), **SIZE)
+    changes = []
+    for found in scenes.read_run(range(len(scenes))):
+        assert not isinstance(found, Unreadable)
+        assert found.clip.frames is not None
+        shades = found.clip.frames.mean((1, 2, 3))
+        changes.append(shades.max() - shades.min() > 200)
+    assert changes == [False, True, False, True]
+    assert starts(look(tmp_path / "in", tmp_path / "out", "frozen", split="length")) == [0.625, 1.875]
 
 
 def test_processes_find_what_one_finds(tmp_path: Path) -> None:
@@ -281,7 +352,8 @@ def test_processes_find_what_one_finds(tmp_path: Path) -> None:
     alone = look(tmp_path / "in", tmp_path / "one")
     other = survey_footage(tmp_path / "in", tmp_path / "two", settings(), DropSettings(), num_processes=2)
     assert [one.to_json() for one in other.facts] == [one.to_json() for one in alone.facts]
-    assert (tmp_path / "one" / JOURNAL_NAME).read_bytes() == (tmp_path / "two" / JOURNAL_NAME).read_bytes()
+    one, two = (tmp_path / name / journal_name(settings()) for name in ("one", "two"))
+    assert one.read_bytes() == two.read_bytes()
     assert alone.facts[3].problem is not None
     source = FootageSource(other, **SIZE)
     assert pickle.loads(pickle.dumps(source)).name == source.name
@@ -341,12 +413,48 @@ def test_runs_end_at_multiples_of_the_stride() -> None:
     assert [len(run) for run in runs_of(range(5), 1, None)] == [1] * 5
 
 
+@dataclasses.dataclass
+class Counted:
+    """A source in runs, which counts how many of its things were asked for."""
+
+    run_length: int
+    asked: int = 0
+    name: str = "numbers"
+
+    def __len__(self) -> int:
+        return 400
+
+    def __getitem__(self, index: int) -> int:
+        return index
+
+    def read_run(self, indices: range) -> list[int]:
+        self.asked = max(self.asked, indices.stop)
+        return list(indices)
+
+
+@pytest.mark.parametrize(
+    ("run_length", "processes", "most"), [(8, 15, 16 * 8), (8, 0, 32 + 8), (1, 15, 33), (8, 2, 32 + 8)]
+)
+def test_what_waits_in_memory_is_bounded_in_clips(
+    monkeypatch: pytest.MonkeyPatch, run_length: int, processes: int, most: int
+) -> None:
+    """Every process has a run to read, and one is handed out; not two runs wait for each."""
+    source = Counted(run_length)
+    monkeypatch.setattr(readahead, "ProcessPoolExecutor", lambda count, *_, **__: ThreadPoolExecutor(count))
+    monkeypatch.setattr(readahead, "_read_in_worker", source.read_run)
+    items = readahead.read_ahead(source, 0, 32, processes)
+    taken = [next(items)]
+    time.sleep(0.2)
+    assert source.asked <= most
+    assert [*taken, *items] == list(range(400))
+
+
 def test_facts_come_back_from_their_line(tmp_path: Path) -> None:
     film(tmp_path / "in" / "a.mp4", ("red", 1.3, 500))
-    [facts] = FileSurveys(look(tmp_path / "in", tmp_path / "out").listed, settings())
+    [facts] = FileSurveys(look(tmp_path / "in", tmp_path / "out").listed, [(7, 8)], settings())
     back = FileFacts.from_json(facts.to_json())
     assert back.to_json() == facts.to_json()
     assert back.scenes[0].picture is not None
     assert facts.scenes[0].picture is not None
     np.testing.assert_array_equal(back.scenes[0].picture, facts.scenes[0].picture)
-    assert back.stamp == facts.stamp
+    assert back.stamp == facts.stamp == (7, 8)

@@ -1,6 +1,7 @@
 """`poet encode` on footage: what is asked wrongly is one line, what is asked rightly ends in shards and a report."""
 
 import json
+import os
 import subprocess
 import sys
 import tarfile
@@ -39,6 +40,8 @@ def film(path: Path, seconds: float = 2.5, shade: int = 60, size: tuple[int, int
     ("options", "words"),
     [
         (["--drop", "dull"], "black, frozen, silent, duplicate"),
+        (["--drop", "all,blakc"], "got blakc"),
+        (["--ray", "local", "--processes", "2"], "--processes 2"),
         (["--split", "acts"], "shots or length"),
         (["--black-level", "9"], "--drop black"),
         (["--drop", "black", "--frozen-level", "1"], "--drop frozen"),
@@ -80,8 +83,9 @@ def test_a_film_becomes_captioned_scenes_and_a_report(call: Call, bundle: Path, 
     assert told["dropped"] == {"black": 4, "frozen": 0, "silent": 0, "duplicate": 0}
     assert {row.text for row in open_shards(tmp_path / "out", None)} == {"waves"}
     assert (tmp_path / "out" / "report.md").read_text().count("![scenes dropped") == 1
+    assert told["files_of_an_earlier_run"] == 0
     again = json.loads(call("encode", "in", "--model", bundle, "-o", "out", *options, "--json")[1])
-    assert again["of_an_earlier_run"] == 4
+    assert (again["of_an_earlier_run"], again["files_of_an_earlier_run"]) == (4, 2)
     code, _, err = call("encode", "in", "--model", bundle, "-o", "out", "--split", "length")
     assert (code, "same settings" in err) == (1, True)
 
@@ -104,6 +108,63 @@ def test_a_part_of_the_scenes_is_encoded_with_start_and_count(call: Call, bundle
     code, out, _ = call("encode", "in", "--model", bundle, "-o", "out", *options)
     assert (code, json.loads(out)["clips"]) == (0, 2)
     assert [row.key for row in open_shards(tmp_path / "out", None)] == ["a.mp4#t=0.625,1.250", "a.mp4#t=1.250,1.875"]
+    listed = [json.loads(line) for line in (tmp_path / "out" / "scenes.jsonl").read_text().splitlines()]
+    assert [one["start"] for one in listed] == [0.625, 1.25]
+
+
+@pytest.mark.parametrize(
+    "more",
+    [("--drop", "black"), ("--drop", "black", "--black-level", 250), ("--caption", "x"), ("--count", 1)],
+    ids=["other scenes", "none", "other words", "fewer"],
+)
+def test_a_refused_command_leaves_the_report_of_the_shards_that_are_there(
+    call: Call, bundle: Path, tmp_path: Path, more: tuple[object, ...]
+) -> None:
+    film(tmp_path / "in" / "a.mp4")
+    film(tmp_path / "in" / "b.mp4", shade=5)
+    command = ("encode", "in", "--model", bundle, "-o", "out", "--split", "length", "--processes", 0)
+    assert call(*command)[0] == 0
+
+    def contents() -> dict[str, bytes]:
+        return {path.name: path.read_bytes() for path in (tmp_path / "out").iterdir()}
+
+    before = contents()
+    assert {"report.json", "report.md", "scenes.jsonl", "manifest.json"} <= set(before)
+    code, out, err = call(*command, *more)
+    assert (code, out) == (1, "")
+    assert "was begun with" in err or "at least one scene" in err
+    assert contents() == before
+
+
+def test_a_list_of_scenes_that_was_lost_or_changed_is_written_again(call: Call, bundle: Path, tmp_path: Path) -> None:
+    film(tmp_path / "in" / "a.mp4")
+    command = ("encode", "in", "--model", bundle, "-o", "out", "--split", "length", "--processes", 0)
+    assert call(*command)[0] == 0
+    for name in ("scenes.jsonl", "report.md", "report.json"):
+        path = tmp_path / "out" / name
+        before = path.read_bytes()
+        path.write_text("something else")
+        assert call(*command)[0] == 0
+        assert path.read_bytes() == before
+    # The same files at another place are the same clips, which lie there.
+    (tmp_path / "moved").mkdir()
+    (tmp_path / "in").rename(tmp_path / "moved" / "in")
+    assert call(command[0], "moved/in", *command[2:])[0] == 0
+    lines = (tmp_path / "out" / "scenes.jsonl").read_text().splitlines()
+    assert {json.loads(line)["path"] for line in lines} == {str(tmp_path / "moved" / "in" / "a.mp4")}
+
+
+@pytest.mark.parametrize("options", [(), ("--split", "length")])
+def test_a_file_whose_name_is_no_text_is_skipped_with_a_reason(
+    call: Call, bundle: Path, tmp_path: Path, options: tuple[object, ...]
+) -> None:
+    film(tmp_path / "in" / "a.mp4")
+    odd = os.fsencode(tmp_path / "in") + b"/caf\xe9.mp4"
+    os.rename(film(tmp_path / "in" / "b.mp4"), odd)  # noqa: PTH104 (a name in bytes)
+    code, out, err = call("encode", "in", "--model", bundle, "-o", "out", "--processes", 0, *options, "--json")
+    assert code == 0, err
+    assert "caf\ufffd.mp4: its name must be text in UTF-8" in err
+    assert json.loads(out)["clips"] == (4 if options else 1)
 
 
 @pytest.mark.parametrize("options", [(), ("--split", "shots", "--processes", 1)])

@@ -78,6 +78,14 @@ def test_a_folder_of_archives_is_read_where_it_holds_no_other_clips(archive: Pat
     assert [one.key for one in list_clips(archive.parent)] == ["own.mp4"]
 
 
+def test_what_other_systems_hide_in_an_archive_is_left_alone(tmp_path: Path, films: dict[int, bytes]) -> None:
+    hidden = [("._a.mp4", b"what macOS keeps"), ("part/._b.mp4", b"beside files"), ("._a.txt", b"\xff")]
+    pack(tmp_path / "x.tar", ("a.mp4", films[50]), *hidden, ("part/b.mp4", films[120]), (".part/c.mp4", films[200]))
+    assert [one.key for one in list_clips(tmp_path / "x.tar")] == [
+        "x.tar/a.mp4", "x.tar/part/b.mp4", "x.tar/.part/c.mp4"
+    ]  # fmt: skip
+
+
 def test_a_member_is_read_like_the_file_that_was_packed(archive: Path, tmp_path: Path) -> None:
     part = list_clips(archive)[0].path
     assert isinstance(part, FilePart)

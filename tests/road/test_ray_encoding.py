@@ -80,7 +80,7 @@ def films(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 def encode(films: Path, output: Path, bundle: Path, *more: object) -> list[str]:
-    options = ["--model", bundle, "--shard-size", 3, "--processes", 0, "--json", *more]
+    options = ["--model", bundle, "--shard-size", 3, "--json", *more]
     return [str(part) for part in ("encode", films, "-o", output, *options)]
 
 
