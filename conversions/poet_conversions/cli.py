@@ -42,6 +42,8 @@ def convert(
     from poet.errors import CheckpointError, ConfigError
 
     if from_kind is not None:
+        if weights != "averaged":
+            raise ConfigError("--weights is for training runs; a language model has one set. Leave it out.")
         _start(source, target, bundle, from_kind, scene_length, verify=verify, json=json)
         return
     if scene_length is not None:

@@ -9,6 +9,7 @@ Legend: V rows of the shared vocabulary (padded), R rows of the language model, 
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 import tempfile
 from collections.abc import Iterator
@@ -16,6 +17,7 @@ from pathlib import Path
 from typing import Final
 
 import torch
+from safetensors import SafetensorError
 from torch import Tensor
 
 from poet.bundle import Bundle
@@ -26,7 +28,6 @@ from poet.model.config import PoetConfig
 from poet.model.tensor_files import LARGEST_FILE, write_tensors
 from poet.model.transformer import PoetTransformer
 from poet.model.weights import load_transformer
-from poet.training.loop import writing
 from poet.vocabulary import Vocabulary
 from poet_conversions.agreement import Agreement
 from poet_conversions.formats.qwen3 import EMBEDDING, HEAD, Qwen3Checkpoint
@@ -76,7 +77,7 @@ def convert_language_model(
     tokenizers = Bundle.open(bundle, require_model=False)
     checkpoint = Qwen3Checkpoint.open(source)
     length = _scene_length(tokenizers) if scene_length is None else scene_length
-    with writing(target), tempfile.TemporaryDirectory() as scratch:
+    with _making(target), tempfile.TemporaryDirectory() as scratch:
         text = Path(scratch) / "text"
         checkpoint.tokenizer.save(text)
         extended = create_tokenizer_bundle(
@@ -113,6 +114,17 @@ def convert_language_model(
         )
 
 
+@contextlib.contextmanager
+def _making(target: Path) -> Iterator[None]:
+    """Turn what a full or read-only disk raises into a CheckpointError that says what to do."""
+    try:
+        yield
+    except (OSError, SafetensorError) as error:
+        raise CheckpointError(
+            f"{target} could not be made: {error}. Nothing was left there; see to what is missing, and start again."
+        ) from error
+
+
 def extend_rows(rows: Tensor, vocabulary: Vocabulary, *, num_known: int, seed: int) -> Tensor:
     """Put the rows of a language model's embedding or head into a matrix of the shared vocabulary.
 
@@ -147,7 +159,11 @@ def extend_rows(rows: Tensor, vocabulary: Vocabulary, *, num_known: int, seed: i
 def can_compare(config: PoetConfig) -> bool:
     """Whether there is memory for `compare_text` with a model of these sizes."""
     needed = 6 * config.num_parameters  # float32 beside the file's two bytes, one model at a time
-    for line in Path("/proc/meminfo").read_text(encoding="ascii").splitlines():
+    try:
+        lines = Path("/proc/meminfo").read_text(encoding="ascii").splitlines()
+    except OSError:  # not Linux, which does not say
+        return True
+    for line in lines:
         if line.startswith("MemAvailable:"):
             return needed < 1024 * int(line.split()[1])
     return False
