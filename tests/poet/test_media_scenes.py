@@ -141,5 +141,12 @@ def test_late_scenes_of_an_avi_are_those_read_from_its_beginning_and_cost_no_mor
         assert clip.frames is not None
         np.testing.assert_array_equal(clip.frames, whole.frames[round(begin * FPS) : round(begin * FPS) + N])
         assert loudness(clip) > 0.1
+    # Without an index it is read from the beginning.
+    data = path.read_bytes()
+    assert data.count(b"idx1") == 1
+    path.write_bytes(data.replace(b"idx1", b"JUNK"))
+    [clip] = read_scenes(path, [55.0], SECONDS, **SIZE)
+    assert clip.frames is not None
+    np.testing.assert_array_equal(clip.frames, whole.frames[round(55.0 * FPS) : round(55.0 * FPS) + N])
     # From the beginning on, the late one would take some fifteen times as long.
     assert seconds[55.0] < 4 * seconds[3.0]
