@@ -6,6 +6,7 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Final
 
+from poet.cli.output import note
 from poet.errors import ConfigError
 
 if TYPE_CHECKING:
@@ -137,6 +138,13 @@ def film_requests(
         for number in range(count)
     ]
     check_film(bundle, films[0])
+    learnt, size = bundle.trained_films, bundle.generation_config
+    if learnt is not None and len(settings.scenes) > learnt:
+        seconds = len(settings.scenes) * (size.num_frames - 1) / size.fps
+        note(
+            f"{len(settings.scenes)} scenes are {seconds:.0f} s; {bundle.name} has learnt films of up to {learnt}, and "
+            "further back no scene sees. --stream keeps what is written, should it be stopped"
+        )
     return films
 
 

@@ -1,6 +1,7 @@
 """`poet generate` of films and streams: prompts from everywhere, what is recorded, made again, and refused."""
 
 import json
+import shutil
 from pathlib import Path
 
 import numpy as np
@@ -161,3 +162,16 @@ def test_what_does_not_go_together_is_refused_in_words(
         assert code == 1, said
         assert words in err, (said, err)
     assert not (tmp_path / "out.mp4").exists()
+
+
+def test_a_film_longer_than_the_model_has_learnt_is_told(
+    capsys: pytest.CaptureFixture[str], bundle: Path, tmp_path: Path
+) -> None:
+    copy = tmp_path / "learnt"
+    shutil.copytree(bundle, copy)
+    file = copy / "config.json"
+    file.write_text(json.dumps(json.loads(file.read_text()) | {"trained_films": 2}))
+    for count, told in ((2, False), (3, True)):
+        code, _, err = run(capsys, copy, "a star", "--num-scenes", count, "-o", tmp_path / f"{count}.mp4")
+        assert code == 0
+        assert ("has learnt films of up to 2" in " ".join(err.split())) == told
