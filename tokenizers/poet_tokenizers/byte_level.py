@@ -132,23 +132,15 @@ class ByteLevelTokenizer:
         """
         directory = Path(directory)
         description = checkpoint.read_description(directory, KIND)
-        file = directory / MODEL_FILE
-        try:
-            model = file.read_bytes()
-        except OSError as error:
-            raise CheckpointError(f"{file} must hold the text tokenizer: {error}. Copy it again.") from error
-        # The checksum comes first: what was cut short should be called so, not misread.
+        model = checkpoint.read_text_model(directory, MODEL_FILE, "the text tokenizer", description)
         written = description["spec"]
-        checkpoint.check_spec(
-            directory, {"checksum": written.get("checksum")}, {"checksum": hashlib.sha256(model).hexdigest()}
-        )
         num_pieces = written.get("num_pieces")
         if not isinstance(num_pieces, int) or isinstance(num_pieces, bool) or num_pieces < 1:
             raise CheckpointError(
                 f"{directory / checkpoint.CONFIG_FILE}: num_pieces must be a positive integer, got {num_pieces!r}. "
                 "Copy the tokenizer's directory again."
             )
-        tokenizer = cls(model, num_pieces, source=file)
+        tokenizer = cls(model, num_pieces, source=directory / MODEL_FILE)
         checkpoint.check_spec(directory, written, dataclasses.asdict(tokenizer.spec))
         return tokenizer
 

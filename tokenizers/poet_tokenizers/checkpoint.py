@@ -197,3 +197,27 @@ def check_weights(directory: Path, description: Mapping[str, Any], tensors: Mapp
 
 def _some(names: list[str]) -> str:
     return ", ".join(names[:3]) + (f" and {len(names) - 3} more" if len(names) > 3 else "") if names else "none"
+
+
+def read_text_model(directory: Path, name: str, what: str, description: dict[str, Any]) -> bytes:
+    """Read the one file of a text tokenizer, and hold it against the checksum in its description.
+
+    The checksum comes first: what was cut short should be called so, not misread.
+
+    Args:
+        directory: that the tokenizer's `save` wrote.
+        name: of the file.
+        what: it holds, for messages.
+        description: what `read_description` said.
+
+    Raises:
+        CheckpointError: the file is missing, or not the one that was saved.
+    """
+    file = directory / name
+    try:
+        model = file.read_bytes()
+    except OSError as error:
+        raise CheckpointError(f"{file} must hold {what}: {error}. Copy it again.") from error
+    found = hashlib.sha256(model).hexdigest()
+    check_spec(directory, {"checksum": description["spec"].get("checksum")}, {"checksum": found})
+    return model

@@ -152,14 +152,7 @@ class SentencePieceTokenizer:
         """
         directory = Path(directory)
         description = checkpoint.read_description(directory, KIND)
-        file = directory / MODEL_FILE
-        try:
-            model = file.read_bytes()
-        except OSError as error:
-            raise CheckpointError(f"{file} must hold the sentencepiece model: {error}. Copy it again.") from error
-        # The checksum comes first: sentencepiece may not notice that a model was cut short.
-        written = description["spec"].get("checksum")
-        checkpoint.check_spec(directory, {"checksum": written}, {"checksum": hashlib.sha256(model).hexdigest()})
+        model = checkpoint.read_text_model(directory, MODEL_FILE, "the sentencepiece model", description)
         tokenizer = cls(model)
         checkpoint.check_spec(directory, description["spec"], dataclasses.asdict(tokenizer.spec))
         return tokenizer
